@@ -1,0 +1,241 @@
+"""What a rank is told and what it tells: the seam between the trainer and whatever starts it.
+
+Plain frozen dataclasses with a JSON round trip. No torch and no DeepSpeed here, so that a controller may import it.
+A rank is `trainer.worker.run(spec, hooks)`; everything it says goes through `RankHooks`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import TypeAdapter, ValidationError
+
+from data_service.access import DataAccess
+from data_service.errors import ConfigError
+from trainer.config import ModelConfig, TrainConfig
+from trainer.manifest import PartReceipt, TrainState
+
+if TYPE_CHECKING:
+    from trainer.fragments import Fragment
+
+__all__ = [
+    "EvalReport",
+    "FinishedReport",
+    "NoHooks",
+    "PartReport",
+    "RankHooks",
+    "ReadyReport",
+    "Report",
+    "StepReport",
+    "StopAfter",
+    "WorkerSpec",
+    "report_from_json",
+    "report_to_json",
+]
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything one rank needs to know. It names no dataset path: rows come from the data service only."""
+
+    attempt: int
+    """Fencing token of the controller; checkpoint parts are written under it."""
+    rank: int
+    """Position in the mesh: dp index * pp + pipeline stage."""
+    world_size: int
+    dp: int
+    pp: int
+    local_rank: int
+    """Index among the ranks of this node; the CUDA device where device is cuda."""
+    device: Literal["cpu", "cuda"]
+    master_addr: str
+    """Where rank 0 opens the TCPStore."""
+    master_port: int
+    seed: int
+    seq_len: int
+    """Tokens a row feeds to the model."""
+    vocab_size: int
+    model: ModelConfig
+    train: TrainConfig
+    data: DataAccess
+    checkpoints_uri: str
+    resume_step: int | None
+    """The committed checkpoint to go on from; None starts from initial weights."""
+    threads: int = 1
+    """CPU threads of torch in this rank."""
+    interface: str | None = None
+    """Network interface for collectives (`lo` on one machine); None leaves the choice to the backend."""
+    config_json: str = "{}"
+    """The run's resolved configuration as JSON; copied into checkpoints as it is."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return _dump(WorkerSpec, self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "WorkerSpec":
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: the text is no worker specification.
+        """
+        try:
+            spec: WorkerSpec = _adapter(WorkerSpec).validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(f"A rank was started with a malformed specification: {error}") from error
+        return spec
+
+
+@dataclass(frozen=True)
+class ReadyReport:
+    """A rank has built its engine and loaded its state. Every rank sends one."""
+
+    rank: int
+    phases: dict[str, float]
+    """Seconds spent in `import`, `process_group`, `engine` and `load`."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. Sent by the reporter rank: the last stage of dp index 0."""
+
+    step: int
+    """Optimizer steps done, this one included: the first step reports 1."""
+    loss: float
+    """Mean token loss over the valid tokens of the global batch, before the update."""
+    tokens: int
+    """Valid tokens in the global batch."""
+    sample_hash: str
+    """Hash of the rows that the ranks consumed, in global order."""
+    lr: float
+    grad_norm: float
+    """L2 norm of the whole model's gradient before clipping."""
+    step_s: float
+    """Seconds from the first row asked for to the update done."""
+    data_wait_s: float
+    """Seconds of those in which this rank waited for rows."""
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One evaluation on the held-out split. Sent by the reporter rank; a fresh run sends one for step 0."""
+
+    step: int
+    loss: float
+    """Mean token loss."""
+    perplexity: float
+    tokens: int
+    """Valid tokens evaluated."""
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """A rank has written its part of a checkpoint. Every rank sends one for each checkpoint."""
+
+    step: int
+    rank: int
+    receipt: PartReceipt
+    state: TrainState | None
+    """What the manifest records beside the fragments; the reporter rank fills it."""
+    write_s: float = 0.0
+    """Seconds the rank stood still for it."""
+
+
+@dataclass(frozen=True)
+class FinishedReport:
+    """A rank leaves the loop in good order. Every rank sends one, as its last report."""
+
+    rank: int
+    step: int
+    reason: Literal["steps", "stop"]
+    """All steps are done, or a `StopAfter` was agreed."""
+
+
+Report = ReadyReport | StepReport | EvalReport | PartReport | FinishedReport
+
+_KINDS: dict[str, Any] = {
+    "ready": ReadyReport,
+    "step": StepReport,
+    "eval": EvalReport,
+    "part": PartReport,
+    "finished": FinishedReport,
+}
+_KIND_OF: dict[Any, str] = {report: kind for kind, report in _KINDS.items()}
+
+
+@dataclass(frozen=True)
+class StopAfter:
+    """Ask a rank to write a checkpoint after this optimizer step, and to leave.
+
+    A step that has passed already means the next step boundary. The ranks agree on the step by a collective, so that
+    it does not matter which of them hears of it, or when.
+    """
+
+    step: int
+
+
+class RankHooks(Protocol):
+    """What a rank calls. All calls come from the rank's main thread."""
+
+    def report(self, report: Report) -> None:
+        """Take a report; it must not block for long."""
+
+    def control(self) -> StopAfter | None:
+        """Asked once before each step; None lets the rank go on."""
+
+    def snapshot(self, step: int, fragments: "Sequence[Fragment]") -> None:
+        """Take the rank's fragments after a step; the memory is only valid during the call."""
+
+    def wants_snapshot(self, step: int) -> bool:
+        """Whether `snapshot` is to be called after this step; fragments cost a copy."""
+
+
+class NoHooks:
+    """Hooks that do nothing; a base for those who need some of them."""
+
+    def report(self, report: Report) -> None:
+        """Drop it."""
+
+    def control(self) -> StopAfter | None:
+        """Never stop."""
+        return None
+
+    def snapshot(self, step: int, fragments: "Sequence[Fragment]") -> None:
+        """Drop it."""
+
+    def wants_snapshot(self, step: int) -> bool:
+        """Take no snapshots."""
+        return False
+
+
+def report_to_json(report: Report) -> str:
+    """One line of JSON with the report's `kind`."""
+    kind = _KIND_OF[type(report)]
+    fields = _adapter(type(report)).dump_python(report, mode="json", by_alias=True)
+    return json.dumps({"kind": kind, **fields}, separators=(",", ":"))
+
+
+def report_from_json(text: str) -> Report:
+    """The inverse of `report_to_json`.
+
+    Raises:
+        ConfigError: the text is no report.
+    """
+    try:
+        fields = json.loads(text)
+        kind = _KINDS[fields.pop("kind")]
+        report: Report = _adapter(kind).validate_python(fields)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"A rank sent a malformed report {text[:200]!r}: {error}") from error
+    return report
+
+
+def _dump(kind: Any, value: object) -> str:
+    return json.dumps(_adapter(kind).dump_python(value, mode="json", by_alias=True), separators=(",", ":"))
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
