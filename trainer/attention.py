@@ -1,0 +1,74 @@
+"""Attention contexts: how queries of a block meet keys and values.
+
+Owns the protocol that blocks call and the two contexts of training: causal, and causal within documents. The paged
+key/value cache of serving implements the same protocol in `serve`. Knows nothing of weights, rotary positions (they
+are applied before `attend`) or pipelines.
+
+Shape letters: B rows, T tokens, N query heads, K key/value heads, H head width.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["AttentionContext", "CausalContext", "DocumentContext"]
+
+
+class AttentionContext(Protocol):
+    """What a block needs to attend."""
+
+    def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Attend with the rotated queries of one layer.
+
+        Args:
+            layer: index of the block in the whole model, also inside a pipeline stage.
+            q_BTNH: queries, rotated.
+            k_BTKH: keys of the same tokens, rotated; N is a multiple of K.
+            v_BTKH: values of the same tokens.
+
+        Returns:
+            The weighted values, [B, T, N, H], in the dtype of the queries.
+        """
+        ...
+
+
+class CausalContext:
+    """Each token sees itself and all earlier tokens of its row."""
+
+    def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Attend causally; see `AttentionContext.attend`."""
+        return _attend(q_BTNH, k_BTKH, v_BTKH, None)
+
+
+class DocumentContext:
+    """Each token sees itself and the earlier tokens of its own document only."""
+
+    def __init__(self, doc_ids_BT: Tensor) -> None:
+        """Prepare the mask.
+
+        Args:
+            doc_ids_BT: integers; tokens of a row with the same number belong to one document.
+        """
+        num_tokens = doc_ids_BT.shape[1]
+        earlier_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=doc_ids_BT.device).tril()
+        same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
+        self._mask_B1TT = (same_BTT & earlier_TT)[:, None]
+
+    def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        """Attend within documents; see `AttentionContext.attend`."""
+        return _attend(q_BTNH, k_BTKH, v_BTKH, self._mask_B1TT)
+
+
+def _attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, equation 1) through torch's fused kernels."""
+    out_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BTKH.transpose(1, 2),
+        v_BTKH.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q_BTNH.shape[2] != k_BTKH.shape[2],
+    )
+    return out_BNTH.transpose(1, 2)
