@@ -1,0 +1,48 @@
+# `make demo` and `make test` need Python 3.11+, make and a compiler; everything else is set up in .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+export PYTHONDONTWRITEBYTECODE ?= 0
+
+.PHONY: demo test test-long test-gpu check bench clean help
+
+help:
+	@echo "make demo       from reviews to a streaming endpoint on this machine (a few minutes)"
+	@echo "make test       the test suite (CPU, offline)"
+	@echo "make test-long  the chaos and scale tests as well"
+	@echo "make check      format, lint and types"
+	@echo "make bench      the benchmarks"
+	@echo "make clean      remove .venv, caches and runs"
+
+$(VENV)/.ready: requirements-dev.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Stormjib needs Python 3.11 or newer; set PYTHON=python3.11")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --requirement requirements-dev.lock
+	$(PY) -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV): $(VENV)/.ready
+
+demo: $(VENV)/.ready
+	$(PY) -m examples.demo
+
+test: $(VENV)/.ready
+	$(PY) -m pytest -q
+
+test-long: $(VENV)/.ready
+	$(PY) -m pytest -q -m "not gpu" --timeout=3600
+
+test-gpu: $(VENV)/.ready
+	$(PY) -m pytest -q -m gpu
+
+check: $(VENV)/.ready
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.ready
+	for script in benchmarks/[a-z]*.py; do $(PY) -m benchmarks.$$(basename $$script .py) || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

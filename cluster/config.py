@@ -1,0 +1,143 @@
+"""`RunConfig`: the one file that describes a run, read, overridden and cross-checked.
+
+Owns parsing (YAML, dotted overrides), the messages for what is wrong with it, and the checks that concern more than
+one section. Nothing here touches a cluster: the checks need the file alone.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from cluster.config_errors import describe
+from cluster.sections import ClusterConfig, K8sConfig, RunSection
+from cluster.yaml_source import YamlSource
+from data_service.config import DataConfig
+from data_service.errors import ConfigError
+from data_service.settings import Section
+from serve.config import ServeConfig
+from trainer.config import ModelConfig, TrainConfig
+
+__all__ = ["RunConfig", "load_config"]
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    run: RunSection
+    """Identity and storage."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Machines."""
+    data: DataConfig
+    """What is trained on."""
+    model: ModelConfig = ModelConfig()
+    """The Transformer."""
+    train: TrainConfig = TrainConfig()
+    """How it is trained."""
+    serve: ServeConfig = ServeConfig()
+    """The endpoint."""
+    k8s: K8sConfig = K8sConfig()
+    """Rendering for KubeRay."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        pp, dp, slots = self.train.parallel.pp, self.train.parallel.dp, self.cluster.total_slots
+        if self.model.from_ is None and pp > self.model.num_layers:
+            raise ValueError(
+                f"train.parallel.pp={pp} with model.num_layers={self.model.num_layers}: a stage needs a layer. "
+                f"Set train.parallel.pp to {self.model.num_layers} or less, or add layers."
+            )
+        wanted = pp * (1 if dp == "auto" else dp)
+        if wanted > slots:
+            raise ValueError(
+                f"train.parallel dp={dp} x pp={pp} needs {wanted} slots, and cluster.nodes={self.cluster.nodes} x "
+                f"cluster.node.slots={self.cluster.node.slots} gives {slots}. Add nodes or slots, or lower the mesh."
+            )
+        if self.cluster.elastic and self.cluster.min_nodes * self.cluster.node.slots < pp:
+            raise ValueError(
+                f"cluster.min_nodes={self.cluster.min_nodes} with cluster.node.slots={self.cluster.node.slots} cannot "
+                f"hold one pipeline of train.parallel.pp={pp}. Raise cluster.min_nodes or lower train.parallel.pp."
+            )
+        if self.train.device == "cuda" and self.cluster.node.gpus == 0:
+            raise ValueError(
+                "train.device=cuda with cluster.node.gpus=0: no slot has a GPU. Set cluster.node.gpus to the slots of "
+                "a node, or train.device=auto."
+            )
+        if self.serve.kv_cache_tokens < self.data.seq_len:
+            raise ValueError(
+                f"serve.kv_cache_tokens={self.serve.kv_cache_tokens} is below data.seq_len={self.data.seq_len}: not "
+                "one full sequence fits. Raise serve.kv_cache_tokens."
+            )
+        return self
+
+    @property
+    def root(self) -> str:
+        """The run's folder: STORAGE/NAME."""
+        return f"{self.run.storage.rstrip('/')}/{self.run.name}"
+
+    @property
+    def dataset_uri(self) -> str:
+        """Folder of the prepared dataset."""
+        return self.data.dataset or f"{self.root}/dataset"
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, ready for YAML or JSON."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the run it resumes; the data are compared by the dataset itself."""
+        full = self.resolved()
+        data = {key: full["data"][key] for key in ("seq_len", "shuffle_window_shards")}
+        return {
+            "run.seed": full["run"]["seed"],
+            **{f"data.{key}": value for key, value in data.items()},
+            **{f"model.{key}": value for key, value in full["model"].items()},
+            "train.task": full["train"]["task"],
+            "train.global_batch": full["train"]["global_batch"],
+            "train.optimizer.name": full["train"]["optimizer"]["name"],
+        }
+
+    def digest(self) -> str:
+        """Hex digest (blake2b, 64 bits) of the resolved configuration."""
+        text = json.dumps(self.resolved(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML file, apply `dotted.key=value` overrides, resolve relative paths and check everything.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, an override is malformed, a key is unknown, a value is wrong,
+            or two sections disagree; the message names file, line, key and fix.
+    """
+    source = YamlSource.read(Path(path))
+    for override in overrides:
+        source.override(override)
+    _resolve_paths(source.tree, source.folder)
+    try:
+        return RunConfig.model_validate(source.tree)
+    except ValidationError as error:
+        raise ConfigError(describe(error, RunConfig, source)) from None
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths of the file absolute: they are relative to the file, not to where the command runs."""
+    data = tree.get("data")
+    places: list[tuple[Any, str]] = [(tree.get("run"), "storage"), (tree.get("model"), "from"), (data, "dataset")]
+    if isinstance(tree.get("run"), dict):
+        tree["run"].setdefault("storage", "./runs")
+    if isinstance(data, dict):
+        places.append((data.get("tokenizer"), "path"))
+        if isinstance(data.get("sources"), list):
+            places.extend((item, "path") for item in data["sources"])
+    for holder, key in places:
+        if isinstance(holder, dict) and isinstance(holder.get(key), str) and "://" not in holder[key]:
+            holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)

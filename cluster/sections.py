@@ -1,0 +1,113 @@
+"""Configuration of `run`, `cluster` and `k8s`: where a run lives and what it may use."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from data_service.settings import Section
+
+
+class RunSection(Section):
+    """Identity of the run."""
+
+    name: str
+    """Name of the run: its folder, and the default name of the served model."""
+    storage: str = "./runs"
+    """Folder (relative to the YAML file) or `s3://bucket/prefix` that every node can reach."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides initial weights and the order of rows."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_label(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?", value):
+            raise ValueError(
+                f"{value!r} is not a run name. Use 1 to 47 lower-case letters, digits and dashes, "
+                "starting and ending with a letter or digit."
+            )
+        return value
+
+
+class NodeConfig(Section):
+    """What a node offers."""
+
+    slots: int = Field(1, ge=1)
+    """Ranks a node holds."""
+    cpus_per_slot: float = Field(1, gt=0)
+    """Logical CPUs a rank takes."""
+    gpus: int = Field(0, ge=0)
+    """GPUs of a node; 0, or one for each slot."""
+
+    @model_validator(mode="after")
+    def _gpus_match(self) -> Self:
+        if self.gpus not in (0, self.slots):
+            raise ValueError(
+                f"gpus={self.gpus} with slots={self.slots}: a rank drives one GPU. Set gpus to 0 or {self.slots}."
+            )
+        return self
+
+
+class ClusterConfig(Section):
+    """The machines."""
+
+    address: str = "auto"
+    """`auto` joins the Ray of this job or of RAY_ADDRESS, else starts local nodes; `local` always starts them;
+    anything else is the address of a running Ray head, `host:port`."""
+    nodes: int = Field(1, ge=1)
+    """Nodes the run wants."""
+    min_nodes: int = Field(1, ge=1)
+    """Fewest nodes an elastic run goes on with."""
+    node: NodeConfig = NodeConfig()
+    """What each node offers."""
+    elastic: bool = True
+    """Go on with fewer nodes after a loss; otherwise the run fails."""
+    wait_s: float = Field(600.0, ge=0)
+    """How long to wait for missing slots on a cluster that is not local."""
+    max_program_failures: int = Field(0, ge=0)
+    """How often a run restarts after a rank failed by itself, with its node alive."""
+    lease_s: float = Field(10.0, ge=2)
+    """A node agent that hears nothing from the controller for this long ends its ranks and itself."""
+    object_store_bytes: int = Field(128 * 2**20, ge=80 * 2**20)
+    """Ray's object store on each local node."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_nodes > self.nodes:
+            raise ValueError(f"min_nodes={self.min_nodes} exceeds nodes={self.nodes}. Lower min_nodes.")
+        return self
+
+    @property
+    def total_slots(self) -> int:
+        """Slots of all wanted nodes."""
+        return self.nodes * self.node.slots
+
+
+class SpotConfig(Section):
+    """How Kubernetes nodes of the spot group are recognised."""
+
+    node_selector: dict[str, str] = {}
+    """Labels of spot nodes, as the cloud sets them."""
+    toleration_key: str | None = None
+    """Taint of spot nodes to tolerate."""
+
+
+class K8sConfig(Section):
+    """Rendering for KubeRay."""
+
+    namespace: str = "stormjib"
+    """Namespace of all objects."""
+    image: str = "stormjib:latest"
+    """Container image of head and workers; pin it by digest in production."""
+    storage_claim: str | None = None
+    """ReadWriteMany PersistentVolumeClaim mounted where `run.storage` points; not needed for `s3://`."""
+    secret_env: str | None = None
+    """Secret whose keys become environment variables (object-store credentials, the API key)."""
+    spot: SpotConfig = SpotConfig()
+    """The spot worker group."""
+    data_nodes: int = Field(1, ge=1)
+    """Pods of the CPU group that runs the data service."""
+    termination_grace_s: int = Field(60, ge=30)
+    """Grace period of the pods; longer than drain and snapshot."""
+    mode: Literal["train", "serve", "all"] = "all"
+    """Which objects to render: the RayJob, the RayService, or both."""
