@@ -1,0 +1,45 @@
+"""What is served, and where it answers: the plain values that cross from the driver to the replicas.
+
+Owns no behaviour and imports neither torch nor Ray.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from serve.config import ServeConfig
+
+__all__ = ["Endpoint", "ServeSpec"]
+
+
+@dataclass(frozen=True)
+class ServeSpec:
+    """One model to serve."""
+
+    model_uri: str
+    """A Hugging Face folder (path or URI) with weights and tokenizer."""
+    model_name: str
+    """The `model` clients ask for."""
+    step: int | None = None
+    """Training step that made the weights, where known."""
+    digest: str | None = None
+    """Digest of the checkpoint, where known."""
+    config: ServeConfig = ServeConfig()
+    """The `serve` section."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the engine computes."""
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of every answer: training step and checkpoint digest."""
+        step = "unknown" if self.step is None else str(self.step)
+        return f"step-{step}" if self.digest is None else f"step-{step}-{self.digest[:16]}"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint."""
+
+    url: str
+    """Base address, such as `http://127.0.0.1:8000`; the OpenAI client takes `url + "/v1"`."""
+    model_name: str
+    fingerprint: str
