@@ -1,0 +1,92 @@
+"""The one place that spells DeepSpeed's keys and switches (written for 0.19.8).
+
+Owns the configuration dictionary of an engine, the precision that `auto` stands for, the process environment DeepSpeed
+reads, and the switches that keep ranks from compiling anything. Builds no engine.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from trainer.config import TrainConfig
+from trainer.topology import BatchLayout
+
+__all__ = ["Precision", "engine_config", "quiet", "rank_environment", "resolve_precision", "switch_off_builds"]
+
+Precision = Literal["fp32", "bf16"]
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Most elements in one reduction or gathering; DeepSpeed allocates a pipeline's buffer anew in every step."""
+
+
+def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Precision:
+    """What `train.precision` stands for: bf16 on GPUs (where ZeRO keeps fp32 masters) and fp32 elsewhere for `auto`."""
+    if train.precision != "auto":
+        return train.precision
+    return "bf16" if device == "cuda" and train.zero.stage > 0 else "fp32"
+
+
+def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision, num_elements: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of one rank.
+
+    Args:
+        train: the `train` section; the optimizer and the learning rate are handed over as objects, not by key.
+        layout: rows of a rank and how they are cut.
+        precision: of the weights that compute; masters, accumulation and reductions are fp32 in either.
+        num_elements: parameters that this rank holds; bounds the buffers.
+    """
+    bucket = min(_BUCKET_ELEMENTS, num_elements + num_elements % 2)
+    return {
+        "train_batch_size": layout.num_slots,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.num_micro_batches,
+        # Without ZeRO the engine clips but does not tell the norm: there we clip ourselves.
+        "gradient_clipping": train.optimizer.grad_clip if train.zero.stage > 0 else 0.0,
+        "zero_optimization": {
+            "stage": train.zero.stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "bf16": {"enabled": precision == "bf16"},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "wall_clock_breakdown": False,
+    }
+
+
+def rank_environment(
+    rank: int, world_size: int, local_rank: int, master: tuple[str, int], device: Literal["cpu", "cuda"]
+) -> Mapping[str, str]:
+    """Environment variables a rank sets for itself before it imports DeepSpeed.
+
+    They spare it the search for MPI, for accelerators and, with `numactl`, for NUMA nodes.
+    """
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(local_rank),
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
+        "DS_ACCELERATOR": device,
+    }
+
+
+def quiet() -> None:
+    """Keep DeepSpeed's own log lines below warnings out of the rank's log."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def switch_off_builds() -> None:
+    """Keep DeepSpeed from compiling C++ at run time; call it before the process group is made.
+
+    On CPUs, 0.19.8 builds `deepspeed_shm_comm` when the process group is made (37 to 98 s, and a kill during it leaves
+    a lock that hangs the next start). gloo does its work.
+    """
+    from deepspeed import ops
+
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False

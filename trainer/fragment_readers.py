@@ -1,0 +1,184 @@
+"""Which ranges of parameters and moments a rank holds, read and written in place.
+
+Two readers give the same `StateView`s: the linked one follows DeepSpeed 0.19.8's `_hp_mapping` from a parameter to this
+rank's piece of the flat fp32 partition (ZeRO 1 and 2, with and without a pipeline); the plain one serves ZeRO 0, where every
+rank holds everything and each writes an equal share. A view is memory of the optimizer: reading copies nothing, loading
+writes through it. Knows canonical names only; file formats belong to `trainer.checkpoint`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.errors import CheckpointIncompleteError
+from trainer.fragments import KINDS, Fragment, Kind, Range
+from trainer.initialise import initial_tensor
+from trainer.model import TransformerConfig, parameter_shapes
+from trainer.pipeline import NamedParameter
+
+__all__ = [
+    "StateView",
+    "allocate_moments",
+    "fill_initial",
+    "linked_views",
+    "load_fragments",
+    "plain_views",
+    "read_fragments",
+    "set_optimizer_steps",
+    "wanted_ranges",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class StateView:
+    """A range of one parameter as this rank's optimizer holds it."""
+
+    name: str
+    """Canonical name."""
+    start: int
+    numel: int
+    tensors: dict[Kind, Tensor]
+    """1-D fp32 views of `numel` elements into the optimizer's memory."""
+    written: tuple[int, int]
+    """[first, last) elements of the view that this rank writes into checkpoints; empty where another rank does."""
+
+
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW its state before its first step, so that loading and linking need no dummy step.
+
+    DeepSpeed 0.19.8 links moments to parameters after the first group's first step, when the other groups have none yet;
+    with the state there from the start all are linked.
+    """
+    for group in optimizer.param_groups:
+        for held in group["params"]:
+            if not optimizer.state[held]:
+                on_device = bool(group.get("fused") or group.get("capturable"))
+                optimizer.state[held] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=held.device if on_device else "cpu"),
+                    "exp_avg": torch.zeros_like(held, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(held, memory_format=torch.preserve_format),
+                }
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Set how many updates AdamW has made; its bias correction goes on from there."""
+    for state in optimizer.state.values():
+        state["step"].fill_(float(steps))
+
+
+def linked_views(
+    parameters: Iterable[NamedParameter], optimizer: torch.optim.Optimizer, param_groups: Sequence[dict[str, Any]]
+) -> list[StateView]:
+    """The views of a rank under ZeRO 1 or 2.
+
+    Args:
+        parameters: all parameters of this rank.
+        optimizer: the AdamW that steps the flat partitions; moments allocated.
+        param_groups: of the ZeRO optimizer; each holds one flat partition.
+    """
+    views: list[StateView] = []
+    for named in parameters:
+        mapping = getattr(named.parameter, "_hp_mapping", None)
+        if mapping is None:
+            continue  # none of this parameter lies in this rank's partition
+        (flat,) = param_groups[mapping.param_group_index]["params"]
+        held, within = mapping.hp_fragment_address, mapping.lp_fragment_address
+        state = optimizer.state[flat]
+        tensors: dict[Kind, Tensor] = {
+            "master": flat.detach().narrow(0, held.start, held.numel),
+            "exp_avg": state["exp_avg"].narrow(0, held.start, held.numel),
+            "exp_avg_sq": state["exp_avg_sq"].narrow(0, held.start, held.numel),
+        }
+        written = (0, held.numel) if named.counted else (0, 0)
+        views.append(StateView(named.name, within.start, held.numel, tensors, written))
+    return views
+
+
+def plain_views(
+    parameters: Sequence[NamedParameter], optimizer: torch.optim.Optimizer, dp_index: int, dp: int
+) -> list[StateView]:
+    """The views of a rank without ZeRO: whole parameters, of which it writes the dp index's share of all elements."""
+    total = sum(named.parameter.numel() for named in parameters)
+    first, last = total * dp_index // dp, total * (dp_index + 1) // dp
+    views: list[StateView] = []
+    offset = 0
+    for named in parameters:
+        numel = named.parameter.numel()
+        state = optimizer.state[named.parameter]
+        tensors: dict[Kind, Tensor] = {
+            "master": named.parameter.detach().view(-1),
+            "exp_avg": state["exp_avg"].view(-1),
+            "exp_avg_sq": state["exp_avg_sq"].view(-1),
+        }
+        low, high = max(first - offset, 0), min(last - offset, numel)
+        views.append(StateView(named.name, 0, numel, tensors, (low, high) if low < high else (0, 0)))
+        offset += numel
+    return views
+
+
+def read_fragments(views: Iterable[StateView]) -> Iterator[Fragment]:
+    """What this rank writes into a checkpoint; over all ranks every element of every kind exactly once.
+
+    The data are views of live memory: use or copy them before the next step.
+    """
+    for view in views:
+        low, high = view.written
+        if low < high:
+            for kind in KINDS:
+                yield Fragment(view.name, kind, view.start + low, high - low, view.tensors[kind][low:high])
+
+
+def wanted_ranges(views: Iterable[StateView], kinds: Sequence[Kind] = KINDS) -> list[Range]:
+    """What this rank needs from a checkpoint, tied copies included."""
+    return [Range(view.name, kind, view.start, view.numel) for view in views for kind in kinds]
+
+
+def load_fragments(views: Sequence[StateView], fragments: Iterable[Fragment], kinds: Sequence[Kind] = KINDS) -> None:
+    """Write fragments into the optimizer's memory, wherever they overlap its views.
+
+    Args:
+        views: of this rank.
+        fragments: in any order and cut; ranges outside the views are skipped.
+        kinds: that must be complete afterwards.
+
+    Raises:
+        CheckpointIncompleteError: some element of a view was in no fragment.
+    """
+    by_name: dict[str, list[StateView]] = {}
+    for view in views:
+        by_name.setdefault(view.name, []).append(view)
+    missing = {(id(view), kind): view.numel for view in views for kind in kinds}
+    with torch.no_grad():
+        for fragment in fragments:
+            for view in by_name.get(fragment.name, ()):
+                low = max(view.start, fragment.start)
+                high = min(view.start + view.numel, fragment.start + fragment.numel)
+                if low < high and fragment.kind in kinds:
+                    target = view.tensors[fragment.kind][low - view.start : high - view.start]
+                    target.copy_(fragment.data[low - fragment.start : high - fragment.start])
+                    missing[id(view), fragment.kind] -= high - low
+    lacking = [f"{kind} of {view.name}" for view in views for kind in kinds if missing[id(view), kind] != 0]
+    if lacking:
+        raise CheckpointIncompleteError(
+            f"This rank needs {len(missing)} ranges; the checkpoint did not give all of {', '.join(lacking[:5])}. "
+            "Resume from another step."
+        )
+
+
+def fill_initial(views: Iterable[StateView], seed: int, config: TransformerConfig, folder: str | None) -> None:
+    """Set masters to their initial values: pure in (seed, canonical name), or from a Hugging Face folder.
+
+    Masters get the fp32 values themselves, not what is left of them after a cast to bf16.
+    """
+    if folder is not None:
+        from trainer.hf import open_weights  # reading a folder is rare
+
+        weights = open_weights(folder, config)
+    shapes = parameter_shapes(config)
+    with torch.no_grad():
+        for view in views:
+            whole = initial_tensor(view.name, shapes[view.name], seed, config) if folder is None else weights[view.name]
+            view.tensors["master"].copy_(whole.reshape(-1)[view.start : view.start + view.numel])

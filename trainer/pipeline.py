@@ -1,0 +1,202 @@
+"""From the model's list of layers to pipeline stages.
+
+Owns where stages are cut, the modules that carry the tuple (hidden, positions, doc_ids) between them, and which canonical
+parameters a stage holds. Tied embeddings live on the first and on the last stage; the first stage's copy is the one that
+is counted, clipped and written. Refuses to know of optimizers or data.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed.pipe import LayerSpec as StageLayer
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor, nn
+
+from data_service.errors import ConfigError
+from trainer.attention import CausalContext
+from trainer.model import (
+    Block,
+    Embedding,
+    Head,
+    LayerSpec,
+    TransformerConfig,
+    layers,
+    named_parameters,
+    parameter_shapes,
+)
+from trainer.tasks.causal_lm import weighted_loss
+
+__all__ = ["NamedParameter", "StagePipeline", "State", "build_pipeline", "stage_bounds"]
+
+_log = logging.getLogger(__name__)
+
+State = tuple[Tensor, Tensor, Tensor]
+"""What flows between layers: hidden [B, T, D], positions [B, T] int64, doc_ids [B, T] int64."""
+
+_TIED = "embedding"
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trained parameter as this rank holds it."""
+
+    name: str
+    """Canonical name."""
+    parameter: nn.Parameter
+    counted: bool
+    """False on the second copy of a tied matrix: the same numbers are written and clipped elsewhere."""
+
+
+def stage_bounds(config: TransformerConfig, num_stages: int) -> tuple[int, ...]:
+    """Where `layers(config)` is cut, so that the dearest stage is as cheap as can be.
+
+    A layer costs its matrix parameters (multiplications per token); the embedding is a look-up and costs nothing, the
+    head costs V · D. Every stage gets a block, because a stage without norms would lack a parameter group, and
+    DeepSpeed's norm over groups would wait for ever.
+
+    Returns:
+        `num_stages + 1` indices into `layers(config)`, from 0 to its length.
+
+    Raises:
+        ConfigError: there are fewer blocks than stages.
+    """
+    if num_stages > config.num_layers:
+        raise ConfigError(
+            f"train.parallel.pp={num_stages} with model.num_layers={config.num_layers}: a stage needs a block. "
+            f"Set train.parallel.pp to {config.num_layers} or less."
+        )
+    head_cost = config.vocab_size * config.d_model
+    shapes = parameter_shapes(config)
+    block_cost = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
+    # best[s][b]: least possible cost of the dearest of s stages that hold the first b blocks, and its last cut.
+    infinite = float("inf")
+    best: list[list[tuple[float, int]]] = [[(infinite, 0)] * (config.num_layers + 1) for _ in range(num_stages + 1)]
+    best[0][0] = (0.0, 0)
+    for stage in range(1, num_stages + 1):
+        extra = head_cost if stage == num_stages else 0
+        for stop in range(stage, config.num_layers + 1):
+            best[stage][stop] = min(
+                (max(best[stage - 1][start][0], (stop - start) * block_cost + extra), start)
+                for start in range(stage - 1, stop)
+            )
+    cuts = [config.num_layers]
+    for stage in range(num_stages, 0, -1):
+        cuts.append(best[stage][cuts[-1]][1])
+    inner = [block + 1 for block in reversed(cuts[1:-1])]
+    return (0, *inner, config.num_layers + 2)
+
+
+class BlockLayer(nn.Module):
+    """A block in a pipeline."""
+
+    def __init__(self, config: TransformerConfig, index: int) -> None:
+        """Allocate block `index`, uninitialised."""
+        super().__init__()
+        self.layer = Block(config, index)
+
+    def forward(self, state: State) -> State:
+        """Advance the hidden states; positions and documents pass through."""
+        hidden_BTD, positions_BT, doc_ids_BT = state
+        return self.layer(hidden_BTD, positions_BT, CausalContext()), positions_BT, doc_ids_BT
+
+
+class HeadLayer(nn.Module):
+    """The end of a pipeline: logits, or, with tied embeddings, what the tied matrix turns into logits."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Allocate the head, uninitialised."""
+        super().__init__()
+        self.tied = config.tie_embeddings
+        self.layer = Head(config)
+
+    def forward(self, state: State) -> Tensor:
+        """Returns logits [B, T, V], or normalised hidden states [B, T, D] where embeddings are tied."""
+        out: Tensor = self.layer.norm(state[0]) if self.tied else self.layer(state[0])
+        return out
+
+
+class EmbeddingLayer(nn.Module):
+    """The start of a pipeline where embeddings are not tied."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        """Allocate the embedding, uninitialised."""
+        super().__init__()
+        self.layer = Embedding(config)
+
+    def forward(self, state: State) -> State:
+        """Replace token ids by vectors."""
+        return _embed(self.layer, state)
+
+
+def _embed(embedding: Embedding, state: State) -> State:
+    tokens_BT, positions_BT, doc_ids_BT = state
+    return embedding(tokens_BT), positions_BT, doc_ids_BT
+
+
+def _project(embedding: Embedding, normed_BTD: Tensor) -> Tensor:
+    return embedding.project(normed_BTD)
+
+
+class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no types
+    """This rank's stage, with the canonical names of its parameters."""
+
+    def __init__(self, config: TransformerConfig, dp: int, pp: int) -> None:
+        """Build the stage of this rank. A collective: every rank of the world calls it.
+
+        Consecutive ranks form one pipeline (`data` is the outer axis), so that a node that is lost takes whole
+        pipelines with it and not every copy of one stage.
+        """
+        self._config = config
+        self._bounds = stage_bounds(config, pp)
+        specs: list[StageLayer] = []
+        for layer in layers(config):
+            if layer.kind == "block":
+                specs.append(StageLayer(BlockLayer, config, layer.index))
+            elif layer.kind == "head":
+                specs.append(StageLayer(HeadLayer, config))
+                if config.tie_embeddings:
+                    specs.append(TiedLayerSpec(_TIED, Embedding, config, forward_fn=_project))
+            elif config.tie_embeddings:
+                specs.append(TiedLayerSpec(_TIED, Embedding, config, forward_fn=_embed))
+            else:
+                specs.append(StageLayer(EmbeddingLayer, config))
+        super().__init__(
+            layers=specs,
+            topology=ProcessTopology(axes=["data", "pipe"], dims=[dp, pp]),
+            loss_fn=weighted_loss,
+        )
+
+    def _partition_layers(self, method: str = "parameters") -> None:
+        """Cut by our own bounds (overrides DeepSpeed 0.19.8, which balances parameter counts and prints them)."""
+        self.parts = [*self._bounds[:-1], len(self._layer_specs)]
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def named_stage_parameters(self) -> Iterator[NamedParameter]:
+        """Every parameter of this stage, in the order of the layers."""
+        first, last = self.stage_id == 0, self.stage_id == self.num_stages - 1
+        specs: Sequence[LayerSpec] = layers(self._config)
+        for index in range(self._bounds[self.stage_id], self._bounds[self.stage_id + 1]):
+            if specs[index].kind == "embedding" and self._config.tie_embeddings:
+                continue
+            inner = getattr(self, str(index)).layer
+            for name, parameter in named_parameters(inner, specs[index], self._config):
+                yield NamedParameter(name, parameter, counted=True)
+        if self._config.tie_embeddings and (first or last):
+            embedding = self.tied_modules[_TIED]
+            for name, parameter in named_parameters(embedding, specs[0], self._config):
+                yield NamedParameter(name, parameter, counted=first)
+
+
+def build_pipeline(config: TransformerConfig, dp: int, pp: int) -> StagePipeline:
+    """Build this rank's stage without DeepSpeed's prints. A collective: every rank of the world calls it."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        pipeline = StagePipeline(config, dp, pp)
+    _log.debug("deepspeed: %s", said.getvalue().strip())
+    return pipeline
