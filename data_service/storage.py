@@ -1,0 +1,256 @@
+"""Bytes under a URI: a local path, or anything fsspec knows (`s3://`, `gs://`, `memory://` in tests).
+
+Owns atomic publication (a reader sees the whole of a file or none of it), writes that fail when the file exists,
+ranged reads and bounded retries on remote stores. What an absent file means is the caller's business: FileNotFoundError
+passes through. Filesystems are created on first use in the process that uses them, never inherited over a fork.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+__all__ = [
+    "exists",
+    "file_size",
+    "glob_files",
+    "is_local",
+    "join",
+    "list_names",
+    "local_path",
+    "open_input",
+    "publish",
+    "put_if_absent",
+    "read_bytes",
+    "read_range",
+    "remove_file",
+    "remove_tree",
+    "write_bytes",
+]
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 5
+_FIRST_BACKOFF_S = 0.2
+_NOT_WORTH_RETRYING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+ResultT = TypeVar("ResultT")
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path of this machine."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local URI."""
+    if not is_local(uri):
+        raise ValueError(f"{uri} is not a local path.")
+    return Path(uri.removeprefix("file://"))
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of a file below another."""
+    return "/".join([uri.rstrip("/") if uri != "/" else "", *parts])
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a remote URI, and the path in it."""
+    import fsspec
+
+    return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+
+
+def _retry(what: str, action: Callable[[], ResultT]) -> ResultT:
+    """Run a remote action, at most _ATTEMPTS times, with jittered exponential waits between."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return action()
+        except _NOT_WORTH_RETRYING:
+            raise
+        except (OSError, TimeoutError) as error:
+            if attempt == _ATTEMPTS:
+                raise
+            wait_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1) * (0.5 + random.random())
+            _LOG.warning("%s failed (attempt %d of %d), again in %.1f s: %s", what, attempt, _ATTEMPTS, wait_s, error)
+            time.sleep(wait_s)
+    raise AssertionError("unreachable")
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder is there."""
+    if is_local(uri):
+        return local_path(uri).exists()
+    fs, path = _remote(uri)
+    return _retry(f"looking for {uri}", lambda: bool(fs.exists(path)))
+
+
+def file_size(uri: str) -> int:
+    """Bytes of a file."""
+    if is_local(uri):
+        return local_path(uri).stat().st_size
+    fs, path = _remote(uri)
+    return _retry(f"the size of {uri}", lambda: int(fs.size(path)))
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole of a file."""
+    if is_local(uri):
+        return local_path(uri).read_bytes()
+    fs, path = _remote(uri)
+    return _retry(f"reading {uri}", lambda: bytes(fs.cat_file(path)))
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from `start`; fewer where the file ends."""
+    if is_local(uri):
+        with local_path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+    fs, path = _remote(uri)
+    return _retry(f"reading {uri}", lambda: bytes(fs.cat_file(path, start=start, end=start + length)))
+
+
+def open_input(uri: str) -> BinaryIO:
+    """A readable, seekable stream of a file; the caller closes it."""
+    if is_local(uri):
+        return local_path(uri).open("rb")
+    fs, path = _remote(uri)
+    return _retry(f"opening {uri}", lambda: cast(BinaryIO, fs.open(path, "rb")))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that nobody else uses and no listing takes for a finished file."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+@contextlib.contextmanager
+def publish(uri: str) -> Iterator[BinaryIO]:
+    """A stream whose bytes appear under `uri` together, when the block ends well, and not at all when it raises.
+
+    Replaces an existing file. Local files are synced before they are renamed into place; remote ones are buffered in
+    memory and uploaded at the end.
+    """
+    if not is_local(uri):
+        buffer = io.BytesIO()
+        yield buffer
+        fs, path = _remote(uri)
+        _retry(f"writing {uri}", lambda: fs.pipe_file(path, buffer.getvalue()))
+        return
+    path = local_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Publish a file at once, replacing one that is there."""
+    with publish(uri) as file:
+        file.write(data)
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Publish a file unless one is there; of several writers exactly one wins.
+
+    Local: the bytes are synced under another name, then hard-linked into place, which fails when the name is taken.
+    Remote: a conditional put (`If-None-Match: *` on S3).
+
+    Returns:
+        Whether this call wrote it.
+    """
+    if is_local(uri):
+        path = local_path(uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+        return True
+    fs, remote_path = _remote(uri)
+    try:
+        _retry(f"writing {uri}", lambda: fs.pipe_file(remote_path, data, mode="create"))
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if "PreconditionFailed" in str(error) or "412" in str(error):
+            return False
+        raise
+    return True
+
+
+def list_names(uri: str) -> list[str]:
+    """Names directly below a folder, sorted, without files that are still being written. Empty when it is absent."""
+    if is_local(uri):
+        path = local_path(uri)
+        names: Sequence[str] = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    else:
+        fs, remote_path = _remote(uri)
+        fs.invalidate_cache()
+        try:
+            found = _retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=False))
+        except FileNotFoundError:
+            found = []
+        names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found]
+    return sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
+
+
+def glob_files(pattern: str) -> list[str]:
+    """Files that match a pattern with `*`, `?` or `[…]`, as URIs, sorted."""
+    import fsspec
+
+    fs, path = cast("tuple[Any, str]", fsspec.core.url_to_fs(pattern))
+    found = sorted(str(entry) for entry in fs.glob(path) if not fs.isdir(entry))
+    return found if is_local(pattern) else [str(fs.unstrip_protocol(entry)) for entry in found]
+
+
+def remove_file(uri: str) -> None:
+    """Delete a file; none there is well too."""
+    if is_local(uri):
+        local_path(uri).unlink(missing_ok=True)
+        return
+    fs, path = _remote(uri)
+    with contextlib.suppress(FileNotFoundError):
+        _retry(f"deleting {uri}", lambda: fs.rm_file(path))
+
+
+def remove_tree(uri: str) -> None:
+    """Delete a folder and all below it; none there is well too."""
+    if is_local(uri):
+        path = local_path(uri)
+        if path.exists():
+            shutil.rmtree(path)
+        return
+    fs, remote_path = _remote(uri)
+    with contextlib.suppress(FileNotFoundError):
+        _retry(f"deleting {uri}", lambda: fs.rm(remote_path, recursive=True))
