@@ -21,7 +21,7 @@ from data_service.settings import Section
 from serve.config import ServeConfig
 from trainer.config import ModelConfig, TrainConfig
 
-__all__ = ["RunConfig", "load_config"]
+__all__ = ["RunConfig", "dump_yaml", "load_config"]
 
 
 class RunConfig(Section):

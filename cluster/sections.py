@@ -83,11 +83,20 @@ class ClusterConfig(Section):
         return self.nodes * self.node.slots
 
 
+class PodConfig(Section):
+    """Size of a pod."""
+
+    cpus: int = Field(2, ge=1)
+    """CPUs, requested and limited."""
+    memory_bytes: int = Field(4 * 2**30, ge=2**29)
+    """Memory, requested and limited."""
+
+
 class SpotConfig(Section):
     """How Kubernetes nodes of the spot group are recognised."""
 
     node_selector: dict[str, str] = {}
-    """Labels of spot nodes, as the cloud sets them."""
+    """Labels of spot nodes, as the cloud sets them. Without any there is no spot group."""
     toleration_key: str | None = None
     """Taint of spot nodes to tolerate."""
 
@@ -105,8 +114,16 @@ class K8sConfig(Section):
     """Secret whose keys become environment variables (object-store credentials, the API key)."""
     spot: SpotConfig = SpotConfig()
     """The spot worker group."""
+    head: PodConfig = PodConfig()
+    """The head pod; ranks never run there."""
+    data: PodConfig = PodConfig()
+    """A pod of the CPU group."""
     data_nodes: int = Field(1, ge=1)
     """Pods of the CPU group that runs the data service."""
+    slot_memory_bytes: int = Field(4 * 2**30, ge=2**29)
+    """Memory of a worker pod for each of its slots, the object store apart."""
+    replica_memory_bytes: int = Field(4 * 2**30, ge=2**29)
+    """Memory of a pod that holds one engine replica."""
     termination_grace_s: int = Field(60, ge=30)
     """Grace period of the pods; longer than drain and snapshot."""
     mode: Literal["train", "serve", "all"] = "all"
