@@ -1,10 +1,10 @@
 """The order of rows: a pure keyed function of (plan, global batch), with no array of an epoch anywhere.
 
-A split's rows are cut into blocks of `rows_per_shard` rows. For each epoch the blocks are permuted, then cut into windows
-of `window_shards` blocks, and the rows inside a window are permuted again. Both permutations are format-preserving:
-a Feistel network on the next even power of two, walked until it lands inside the domain (Black and Rogaway, "Ciphers
-with Arbitrary Finite Domains", CT-RSA 2002, the cycle-walking cipher). So finding any row costs the same
-at the first and at the 10^11-th row, and nothing has to be rebuilt or stored on resume.
+A split's rows are cut into blocks of `rows_per_shard` rows. For each epoch the blocks are permuted, then cut into
+windows of `window_shards` blocks, and the rows inside a window are permuted again. Both permutations are keyed: a
+Feistel network on the next even power of two, walked until it lands inside the domain (Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", CT-RSA 2002, the cycle-walking cipher). So finding any row costs the same at the first and at
+the 10^11-th row, and nothing has to be rebuilt or stored on resume.
 
 Owns the permutations and their composition. Refuses to know ranks: a rank takes slots of a global batch.
 """
@@ -82,7 +82,8 @@ def _rows_of_window(plan: Plan, epoch: int, window: int, places: npt.NDArray[np.
     ends = np.cumsum(lengths)
     slot = np.searchsorted(ends, inside, side="right")
     offset = inside - (ends[slot] - lengths[slot])
-    return (blocks[slot] * block_rows + offset).astype(np.uint64)
+    rows: _U64 = (blocks[slot] * block_rows + offset).astype(np.uint64)
+    return rows
 
 
 def _inverse(value: int, size: int, keys: _U64) -> int:

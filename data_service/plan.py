@@ -74,7 +74,7 @@ class Plan:
             raise ValueError(f"plan.split={self.split!r} is neither train nor eval.")
         if self.num_rows != num_rows_of(self.num_tokens, self.seq_len):
             raise ValueError(
-                f"plan.num_rows={self.num_rows} does not follow from {self.num_tokens} tokens in rows of {self.seq_len}."
+                f"plan.num_rows={self.num_rows} does not follow from {self.num_tokens} tokens, {self.seq_len} a row."
             )
 
     @property
@@ -106,8 +106,8 @@ class Plan:
         """`from_json` of a value that is parsed already."""
         if not isinstance(value, dict) or set(value) != {field.name for field in fields(cls)}:
             raise ValueError("this is not a plan: its keys differ.")
-        kinds = {field.name: str if field.name in ("dataset_digest", "split") else int for field in fields(cls)}
-        kinds["shuffle"] = bool
+        kinds: dict[str, type] = {field.name: int for field in fields(cls)}
+        kinds.update(dataset_digest=str, split=str, shuffle=bool)
         for name, kind in kinds.items():
             if type(value[name]) is not kind:
                 raise ValueError(f"plan.{name} is {type(value[name]).__name__}, not {kind.__name__}.")

@@ -50,7 +50,8 @@ class BatchSlice:
     @property
     def rows(self) -> npt.NDArray[np.bool_]:
         """[B]: which slots hold a row; the others are masked."""
-        return self.row_id != NO_ROW
+        present: npt.NDArray[np.bool_] = self.row_id != NO_ROW
+        return present
 
     def torch_tokens(self) -> "torch.Tensor":
         """The tokens as torch.int64 [B, T+1]; torch is imported here."""

@@ -46,7 +46,7 @@ __all__ = [
 
 DATASET_VERSION = 1
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
-_INDEX_FILE = "shards/index.arrow"
+INDEX_FILE = "shards/index.arrow"
 _INDEX_SCHEMA = pa.schema(
     [
         ("split", pa.string()),
@@ -235,7 +235,7 @@ def read_index(dataset_uri: str, manifest: DatasetManifest) -> dict[str, list[Sh
     Raises:
         ShardCorruptError: when the index is not the one that the manifest names.
     """
-    uri = storage.join(dataset_uri, _INDEX_FILE)
+    uri = storage.join(dataset_uri, INDEX_FILE)
     data = _read_or_corrupt(uri, "index.arrow")
     if checksum(data).hex() != manifest.index_digest:
         raise ShardCorruptError(

@@ -149,8 +149,8 @@ def publish(uri: str) -> Iterator[BinaryIO]:
     if not is_local(uri):
         buffer = io.BytesIO()
         yield buffer
-        fs, path = _remote(uri)
-        _retry(f"writing {uri}", lambda: fs.pipe_file(path, buffer.getvalue()))
+        fs, remote_path = _remote(uri)
+        _retry(f"writing {uri}", lambda: fs.pipe_file(remote_path, buffer.getvalue()))
         return
     path = local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
