@@ -323,4 +323,4 @@ def _read_header(uri: str) -> dict[str, TensorEntry]:
 def _to_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:
     """Row-major little-endian bytes of a tensor, cast."""
     flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

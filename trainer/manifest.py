@@ -6,61 +6,62 @@ every parameter exactly once; the first commit of a step stands, whatever other 
 `trainer.checkpoint`. No torch here, so that the controller may import it.
 """
 
+import json
+import logging
+import math
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from trainer.errors import ManifestInvalidError
-from trainer.fragments import KINDS, Kind, Range
+from data_service import storage
+from trainer.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointIncompleteError,
+    CommitLostError,
+    ManifestInvalidError,
+)
+from trainer.fragments import BYTES_PER_ELEMENT, KINDS, Kind, coverage_problems
+from trainer.parts import (
+    CHUNK_BYTES,
+    PartReceipt,
+    Slice,
+    StoredRange,
+    in_order,
+    part_file,
+    plan_slices,
+    read_slice,
+    step_folder,
+)
 
 __all__ = [
     "MANIFEST_VERSION",
     "EvalRecord",
     "Manifest",
     "PartReceipt",
+    "Skipped",
     "StoredRange",
     "TrainState",
+    "commit",
+    "kept_steps",
+    "list_complete",
+    "newest_complete",
+    "prune",
+    "read_manifest",
     "step_folder",
+    "verify",
 ]
 
 MANIFEST_VERSION = 1
 
+_LOG = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+_REJECTED = "manifest.rejected.json"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-
-
-@dataclass(frozen=True)
-class StoredRange:
-    """One fragment inside a part file."""
-
-    name: str
-    kind: Kind
-    start: int
-    numel: int
-    offset: int
-    """Of its first byte in the file."""
-    crcs: tuple[int, ...]
-    """CRC-32 of each `CHUNK_BYTES` of its bytes, so that a slice of it is verified without reading all of it."""
-
-    @property
-    def range(self) -> Range:
-        """Where the values belong."""
-        return Range(self.name, self.kind, self.start, self.numel)
-
-
-@dataclass(frozen=True)
-class PartReceipt:
-    """What a rank says of the part it has written."""
-
-    step: int
-    attempt: int
-    rank: int
-    file: str
-    """Path below the step's folder, such as `attempt_3/rank_00000.safetensors`."""
-    num_bytes: int
-    ranges: tuple[StoredRange, ...]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return _adapter(Manifest).dump_json(self).decode()
+        # not dump_json, which writes a perplexity of infinity as null
+        return json.dumps(_adapter(Manifest).dump_python(self, mode="json"), separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Manifest":
@@ -138,9 +140,232 @@ class Manifest:
         return found
 
 
-def step_folder(step: int) -> str:
-    """Name of a step's folder: `step_00000400`."""
-    return f"step_{step:08d}"
+@dataclass(frozen=True)
+class Skipped:
+    """A step that looks like a checkpoint and cannot be used."""
+
+    step: int
+    reason: str
+
+
+def commit(
+    checkpoints_uri: str, step: int, attempt: int, receipts: Iterable[PartReceipt], state: TrainState
+) -> Manifest:
+    """Make a step exist. Only the controller calls this, once it holds the receipts of all ranks.
+
+    The first commit of a step stands. Repeating it with the same content is no error, so that a controller which died
+    after the write can ask again. A manifest that is there but cannot be used (unreadable, or its parts are damaged) is
+    set aside as `manifest.rejected.json` and replaced.
+
+    Args:
+        checkpoints_uri: the run's checkpoints.
+        step: to commit.
+        attempt: whose parts these are.
+        receipts: of every rank of the attempt's mesh, in any order.
+        state: what the run goes on from.
+
+    Returns:
+        The manifest that is now there.
+
+    Raises:
+        CheckpointIncompleteError: receipts do not belong to this step and attempt, do not cover every element of every
+            kind exactly once, or a part is not where its receipt says.
+        CommitLostError: another attempt, or other content, was committed first.
+    """
+    manifest = Manifest(step, attempt, state, tuple(sorted(receipts, key=lambda receipt: receipt.rank)))
+    step_uri = storage.join(checkpoints_uri, step_folder(step))
+    problems = [*_contradictions(manifest), *_missing_files(step_uri, manifest)]
+    if problems:
+        raise CheckpointIncompleteError(
+            f"Step {step}, attempt {attempt} cannot be committed: {_some(problems)}. It does not exist; "
+            "the run goes on from an older one."
+        )
+    uri, text = storage.join(step_uri, _MANIFEST), manifest.to_json().encode()
+    if storage.put_if_absent(uri, text):
+        return manifest
+    try:
+        standing = read_manifest(checkpoints_uri, step)
+        if standing.to_json() == manifest.to_json():  # ours: a put was repeated after its answer got lost
+            return manifest
+        verify(checkpoints_uri, step)
+    except CheckpointError as error:
+        _LOG.warning("Step %d has a manifest that cannot be used; it is replaced: %s", step, error)
+        storage.write_bytes(storage.join(step_uri, _REJECTED), storage.read_bytes(uri))
+        storage.remove_file(uri)
+        if storage.put_if_absent(uri, text):
+            return manifest
+        standing = read_manifest(checkpoints_uri, step)
+    raise CommitLostError(
+        f"Attempt {attempt} asked to commit step {step}, which attempt {standing.attempt} has committed. What is there "
+        "stands; go on from it, or with a higher step."
+    )
+
+
+def list_complete(checkpoints_uri: str) -> list[int]:
+    """Steps that have a manifest, ascending. Whether it can be used is `verify`'s to say."""
+    return [step for step in _list_steps(checkpoints_uri) if storage.exists(_manifest_uri(checkpoints_uri, step))]
+
+
+def read_manifest(checkpoints_uri: str, step: int) -> Manifest:
+    """The manifest of a step.
+
+    Raises:
+        CheckpointIncompleteError: the step was not committed.
+        ManifestInvalidError: what is there is no manifest of this step, or contradicts itself.
+    """
+    uri = _manifest_uri(checkpoints_uri, step)
+    try:
+        manifest = Manifest.from_json(storage.read_bytes(uri))
+    except FileNotFoundError as error:
+        raise CheckpointIncompleteError(
+            f"{storage.join(checkpoints_uri, step_folder(step))} has no {_MANIFEST}: its save was not finished. "
+            "Use another step."
+        ) from error
+    except ManifestInvalidError as error:
+        raise ManifestInvalidError(f"{uri}: {error}") from error
+    problems = list(_contradictions(manifest))
+    if manifest.step != step:
+        problems.append(f"it is the manifest of step {manifest.step}")
+    if problems:
+        raise ManifestInvalidError(f"{uri} contradicts itself: {_some(problems)}. Use another step.")
+    return manifest
+
+
+def verify(checkpoints_uri: str, step: int, deep: bool = True) -> Manifest:
+    """Check that a step can be loaded.
+
+    Args:
+        checkpoints_uri: the run's checkpoints.
+        step: to check.
+        deep: read every byte and compare checksums; otherwise only look that each part is there in its full length.
+
+    Returns:
+        Its manifest.
+
+    Raises:
+        CheckpointError: it cannot; the message names the file and what is wrong.
+    """
+    manifest = read_manifest(checkpoints_uri, step)
+    step_uri = storage.join(checkpoints_uri, step_folder(step))
+    missing = _missing_files(step_uri, manifest)
+    if missing:
+        raise CheckpointCorruptError(f"{step_uri}: {_some(missing)}. Use another step.")
+    if deep:
+        for _ in in_order(lambda part: len(read_slice(step_uri, part)), _all_slices(manifest)):
+            pass
+    return manifest
+
+
+def newest_complete(checkpoints_uri: str, deep: bool = True) -> tuple[Manifest | None, list[Skipped]]:
+    """The newest step that can be loaded.
+
+    Args:
+        checkpoints_uri: the run's checkpoints.
+        deep: as of `verify`. Ranks verify what they load in any case; without it a damaged byte shows only there.
+
+    Returns:
+        Its manifest, or None when no step can be loaded; and the newer steps that were passed over, with reasons.
+    """
+    skipped: list[Skipped] = []
+    for step in reversed(_list_steps(checkpoints_uri)):
+        try:
+            return verify(checkpoints_uri, step, deep), skipped
+        except CheckpointError as error:
+            _LOG.warning("Checkpoint of step %d is passed over: %s", step, error)
+            skipped.append(Skipped(step, str(error)))
+    return None, skipped
+
+
+def kept_steps(complete: Iterable[int], losses: Mapping[int, float], keep_last: int, keep_best: int) -> set[int]:
+    """Which steps the retention rule keeps: the newest `keep_last`, and beside them the `keep_best` with lowest loss.
+
+    Args:
+        complete: committed steps.
+        losses: evaluation loss of those that were evaluated.
+        keep_last: at least 1.
+        keep_best: how many more to keep; among equal losses the newer.
+    """
+    newest_first = sorted(set(complete), reverse=True)
+    last = newest_first[:keep_last]
+    best = sorted((step for step in newest_first[keep_last:] if step in losses), key=lambda step: (losses[step], -step))
+    return {*last, *best[:keep_best]}
+
+
+def prune(checkpoints_uri: str, keep: set[int]) -> list[int]:
+    """Delete steps that are not kept, half-written ones among them.
+
+    Never deletes the newest step with a manifest, nor anything newer than it, which may be a save under way. A manifest
+    goes first, so that a prune cut short leaves no checkpoint that only looks whole.
+
+    Returns:
+        The deleted steps.
+    """
+    complete = list_complete(checkpoints_uri)
+    if not complete:
+        return []
+    doomed = [step for step in _list_steps(checkpoints_uri) if step not in keep and step < complete[-1]]
+    for step in doomed:
+        storage.remove_file(_manifest_uri(checkpoints_uri, step))
+        storage.remove_tree(storage.join(checkpoints_uri, step_folder(step)))
+    return doomed
+
+
+def _manifest_uri(checkpoints_uri: str, step: int) -> str:
+    return storage.join(checkpoints_uri, step_folder(step), _MANIFEST)
+
+
+def _list_steps(checkpoints_uri: str) -> list[int]:
+    """Steps that have a folder, ascending."""
+    found = (_STEP_FOLDER.fullmatch(name) for name in storage.list_names(checkpoints_uri))
+    return sorted(int(matched[1]) for matched in found if matched is not None)
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    """What in a manifest cannot be true."""
+    state = manifest.state
+    if state.step != manifest.step:
+        yield f"its state is of step {state.step}"
+    ranks = [part.rank for part in manifest.parts]
+    if ranks != list(range(state.dp * state.pp)):
+        yield f"the {state.dp} x {state.pp} mesh wrote parts of ranks {ranks}"
+    for part in manifest.parts:
+        if (part.step, part.attempt) != (manifest.step, manifest.attempt):
+            yield f"rank {part.rank} wrote step {part.step} of attempt {part.attempt}"
+        if part.file != part_file(part.attempt, part.rank):
+            yield f"rank {part.rank} names {part.file!r} as its file"
+        for stored in part.ranges:
+            num_bytes = stored.numel * BYTES_PER_ELEMENT
+            if stored.offset < 0 or stored.offset + num_bytes > part.num_bytes:
+                yield f"rank {part.rank}: {stored.kind} of {stored.name} lies beyond the end of its file"
+            if len(stored.crcs) != -(-num_bytes // CHUNK_BYTES):
+                yield f"rank {part.rank}: {stored.kind} of {stored.name} has {len(stored.crcs)} checksums"
+    numels = {name: math.prod(shape) for name, shape in state.parameters.items()}
+    ranges = (stored.range for part in manifest.parts for stored in part.ranges)
+    yield from coverage_problems(ranges, numels, state.kinds)
+
+
+def _missing_files(step_uri: str, manifest: Manifest) -> list[str]:
+    """Parts that are not there in their full length."""
+    problems = []
+    for part in manifest.parts:
+        try:
+            size = storage.file_size(storage.join(step_uri, part.file))
+        except FileNotFoundError:
+            problems.append(f"{part.file} is not there")
+            continue
+        if size != part.num_bytes:
+            problems.append(f"{part.file} has {size} of {part.num_bytes} bytes")
+    return problems
+
+
+def _all_slices(manifest: Manifest) -> Iterator[Slice]:
+    for part in manifest.parts:
+        for stored in part.ranges:
+            yield from plan_slices(part.file, stored, stored.range)
+
+
+def _some(problems: list[str]) -> str:
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
 @cache
