@@ -53,8 +53,9 @@ class RunConfig(Section):
         wanted = pp * (1 if dp == "auto" else dp)
         if wanted > slots:
             raise ValueError(
-                f"train.parallel dp={dp} x pp={pp} needs {wanted} slots, and cluster.nodes={self.cluster.nodes} x "
-                f"cluster.node.slots={self.cluster.node.slots} gives {slots}. Add nodes or slots, or lower the mesh."
+                f"train.parallel.dp={dp} with train.parallel.pp={pp} needs {wanted} slots, and "
+                f"cluster.nodes={self.cluster.nodes} with cluster.node.slots={self.cluster.node.slots} gives {slots}. "
+                "Add nodes or slots, or lower the mesh."
             )
         if self.cluster.elastic and self.cluster.min_nodes * self.cluster.node.slots < pp:
             raise ValueError(

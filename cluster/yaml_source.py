@@ -8,6 +8,8 @@ import yaml
 
 from data_service.errors import ConfigError
 
+__all__ = ["KeyPath", "YamlSource"]
+
 KeyPath = tuple[str | int, ...]
 
 
@@ -44,7 +46,7 @@ class YamlSource:
         if not isinstance(tree, dict) or node is None:
             raise ConfigError(f"{path}: a run file is a mapping of sections (run, cluster, data, model, train, serve).")
         lines: dict[KeyPath, int] = {}
-        _collect(node, (), lines, path)
+        _collect(node, (), lines, path, ())
         return cls(path, tree, lines)
 
     def override(self, text: str) -> None:
@@ -74,6 +76,9 @@ class YamlSource:
                 if isinstance(holder, dict) and holder.get(key) is None:
                     holder[key] = {}
                 holder = holder[key]
+        replaced = [held for held in self.lines if held[: len(keys)] == keys]
+        for held in replaced:
+            del self.lines[held]
         self.overridden[keys] = text
 
     def where(self, keys: KeyPath) -> str:
@@ -86,7 +91,12 @@ class YamlSource:
         return str(self.path)
 
 
-def _collect(node: yaml.Node, prefix: KeyPath, lines: dict[KeyPath, int], path: Path) -> None:
+def _collect(
+    node: yaml.Node, prefix: KeyPath, lines: dict[KeyPath, int], path: Path, above: tuple[yaml.Node, ...]
+) -> None:
+    if node in above:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: an alias stands inside what it names. Remove it.")
+    above = (*above, node)
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
             keys = (*prefix, str(key_node.value))
@@ -96,8 +106,8 @@ def _collect(node: yaml.Node, prefix: KeyPath, lines: dict[KeyPath, int], path: 
                     f"(first on line {lines[keys]}). Remove one."
                 )
             lines[keys] = key_node.start_mark.line + 1
-            _collect(value_node, keys, lines, path)
+            _collect(value_node, keys, lines, path, above)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             lines[(*prefix, index)] = item.start_mark.line + 1
-            _collect(item, (*prefix, index), lines, path)
+            _collect(item, (*prefix, index), lines, path, above)
