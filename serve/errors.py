@@ -1,13 +1,16 @@
 """Errors of the endpoint and its engine.
 
-    StormjibError
-    └── ServeError
-        ├── InvalidRequestError     a request the API cannot take: HTTP 400, names the parameter
-        │   ├── PromptTooLongError  prompt and completion exceed the context or the KV cache
-        │   └── ModelNotFoundError  the request names another model: HTTP 404
-        ├── OverloadedError         the queue is full: HTTP 429, retryable, says when
-        ├── ModelNotReadyError      no engine replica answers: HTTP 503, retryable
-        └── EngineFailedError       the engine's step raised: HTTP 500
+StormjibError
+└── ServeError
+    ├── InvalidRequestError     a request the API cannot take: HTTP 400, names the parameter
+    │   ├── PromptTooLongError  prompt and completion exceed the context or the KV cache
+    │   └── ModelNotFoundError  the request names another model: HTTP 404
+    ├── AuthenticationError     the bearer key is missing or wrong: HTTP 401
+    ├── RouteError              no such route, or another method: HTTP 404, 405
+    ├── PayloadTooLargeError    the body is larger than any prompt: HTTP 413
+    ├── OverloadedError         the queue is full: HTTP 429, retryable, says when
+    ├── ModelNotReadyError      no engine replica answers: HTTP 503, retryable
+    └── EngineFailedError       the engine's step raised: HTTP 500
 """
 
 from typing import Any
@@ -15,12 +18,15 @@ from typing import Any
 from data_service.errors import StormjibError
 
 __all__ = [
+    "AuthenticationError",
     "EngineFailedError",
     "InvalidRequestError",
     "ModelNotFoundError",
     "ModelNotReadyError",
     "OverloadedError",
+    "PayloadTooLargeError",
     "PromptTooLongError",
+    "RouteError",
     "ServeError",
 ]
 
@@ -63,6 +69,28 @@ class ModelNotFoundError(InvalidRequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class AuthenticationError(ServeError):
+    """The bearer key is missing or wrong."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class RouteError(ServeError):
+    """The address, or the method on it, does not exist."""
+
+    def __init__(self, message: str, status: int) -> None:
+        """Keep the status (404 or 405)."""
+        super().__init__(message)
+        self.status = status
+
+
+class PayloadTooLargeError(ServeError):
+    """The body of the request is larger than any prompt could be."""
+
+    status = 413
 
 
 class OverloadedError(ServeError):

@@ -29,7 +29,7 @@ class Vocabulary:
         self.tokenizer = tokenizer
         document: dict[str, Any] = json.loads(tokenizer.to_str())
         self._special = {t["id"] for t in document.get("added_tokens", []) if t["special"]}
-        self._added = {t["id"]: t["content"] for t in document.get("added_tokens", [])}
+        self._added: dict[int, str] = {t["id"]: t["content"] for t in document.get("added_tokens", [])}
         self._byte_level = (document.get("decoder") or {}).get("type") == "ByteLevel"
         self._bytes = _byte_alphabet() if self._byte_level else {}
         self._cache: dict[int, bytes] = {}
@@ -50,7 +50,7 @@ class Vocabulary:
         return found
 
     def token_text(self, token: int) -> str:
-        """A token as log-probability reports show it: its text, or `bytes:\\xe8\\xbf` where it is half a character."""
+        r"""A token as log-probability reports show it: its text, or `bytes:\xe8\xbf` where it is half a character."""
         raw = self.token_bytes(token)
         try:
             return raw.decode()
@@ -60,7 +60,7 @@ class Vocabulary:
     def _read_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
-        piece = self.tokenizer.id_to_token(token)
+        piece: str | None = self.tokenizer.id_to_token(token)
         if piece is None:
             return b""
         if self._byte_level:

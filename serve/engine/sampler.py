@@ -6,37 +6,16 @@ that what runs beside it does not matter. Refuses to know of caches or text.
 Shape letters: S sequences that need a token, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from serve.engine.messages import Sampled, TokenLogprob
 from serve.engine.sequence import Sequence
 
-__all__ = ["GREEDY_BELOW", "Sampled", "TokenLogprob", "sample", "token_logprobs"]
+__all__ = ["GREEDY_BELOW", "sample", "token_logprobs"]
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this take the most likely token: dividing by them leaves fp32."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probability of one position under the model, before temperature, penalties and biases."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """(token id, log-probability) of the most likely tokens, best first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A chosen token."""
-
-    token: int
-    finite: bool
-    """False where the logits hold NaN or nothing but -inf: the sequence cannot go on."""
-    logprob: TokenLogprob | None
 
 
 def sample(logits_SV: Tensor, sequences: list[Sequence]) -> list[Sampled]:
@@ -53,7 +32,9 @@ def sample(logits_SV: Tensor, sequences: list[Sequence]) -> list[Sampled]:
     tokens = tokens_S.tolist()
     drawn = [row for row, s in enumerate(sequences) if s.params.temperature >= GREEDY_BELOW and finite[row]]
     if drawn:
-        chosen = _draw(adjusted_SV if len(drawn) == len(sequences) else adjusted_SV[drawn], [sequences[r] for r in drawn])
+        chosen = _draw(
+            adjusted_SV if len(drawn) == len(sequences) else adjusted_SV[drawn], [sequences[r] for r in drawn]
+        )
         for row, token in zip(drawn, chosen, strict=True):
             tokens[row] = token
     reported: dict[int, TokenLogprob] = {}

@@ -75,8 +75,8 @@ class Scheduler:
         for sequence in sequences:
             if not self.pool.fits_ever(sequence):
                 raise PromptTooLongError(
-                    f"the prompt's {len(sequence.prompt)} tokens with max_tokens={sequence.params.max_tokens} need more "
-                    f"than the KV cache's {self.pool.num_blocks * self.pool.block_tokens} tokens. "
+                    f"the prompt's {len(sequence.prompt)} tokens with max_tokens={sequence.params.max_tokens} need "
+                    f"more than the KV cache's {self.pool.num_blocks * self.pool.block_tokens} tokens. "
                     "Shorten the prompt, lower max_tokens, or raise serve.kv_cache_tokens.",
                     "max_tokens",
                 )
