@@ -95,12 +95,15 @@ def data_group(config: RunConfig) -> Document:
 
 
 def engine_group(config: RunConfig) -> Document:
-    """Pods that hold one engine replica each, with a CPU to spare for the ingress."""
+    """Pods for engine replicas: one in a pod, or as many as fit where a replica takes a share of a CPU.
+
+    A pod has one CPU more than its Ray node offers, for the HTTP proxy and the ingress, which ask Ray for none.
+    """
     serve = config.serve
-    cpus = math.ceil(serve.cpus_per_replica) + 1
-    gpus = math.ceil(serve.gpus_per_replica)
-    memory_bytes = config.k8s.replica_memory_bytes + config.cluster.object_store_bytes
-    container = _ray_container("ray-worker", config, "serve", cpus, memory_bytes, gpus)
+    cpus, gpus = math.ceil(serve.cpus_per_replica), math.ceil(serve.gpus_per_replica)
+    fitting = max(1, int(cpus / serve.cpus_per_replica))
+    memory_bytes = fitting * config.k8s.replica_memory_bytes + config.cluster.object_store_bytes
+    container = _ray_container("ray-worker", config, "serve", cpus + 1, memory_bytes, gpus)
     container["ports"] = [
         {"name": "serve", "containerPort": serve.port},
         {"name": "metrics", "containerPort": 8080},

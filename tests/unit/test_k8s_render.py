@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.config import load_config
+from cluster.config import RunConfig, load_config
 from data_service.errors import ConfigError
 from k8s.policies import RUN_AS_USER
 from k8s.render import render, to_yaml
@@ -184,6 +184,19 @@ def test_a_run_that_is_not_elastic_has_all_nodes_on_demand_and_gpus_where_asked(
     (container,) = workers["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "2"
     assert {"name": "run-storage", "mountPath": "/mnt/stormjib"} in container["volumeMounts"]
+
+
+def test_a_pod_has_memory_for_the_replicas_that_ray_puts_there() -> None:
+    one = engines(example(*OBJECT_STORE, "serve.cpus_per_replica=2"))
+    four = engines(example(*OBJECT_STORE, "serve.cpus_per_replica=0.25"))
+    assert one == ({"CPU": "2"}, {"cpu": "3", "memory": "4224Mi"})
+    assert four == ({"CPU": "1"}, {"cpu": "2", "memory": "16512Mi"})
+
+
+def engines(config: RunConfig) -> tuple[dict[str, str], dict[str, str]]:
+    (group,) = of_kind(render(config), "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    return group["resources"], container["resources"]["limits"]
 
 
 @pytest.mark.parametrize(
