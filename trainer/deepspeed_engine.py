@@ -206,14 +206,15 @@ class TrainEngine:
         self._engine.train()
         return self._mean_over_dp(total)
 
-    def sum_over_dp(self, count: int) -> int:
-        """Sum of an integer over the ranks of this rank's stage. A collective: every rank of the stage calls it."""
-        held = torch.tensor([count], dtype=torch.int64, device=self.device)
-        dist.all_reduce(held, group=self._dp_group())
-        return int(held.item())
+    def global_tokens(self, count: int) -> int:
+        """Valid tokens of the whole global batch. A collective: every rank calls it.
 
-    def _dp_group(self) -> Any:
-        return self._engine.grid.get_data_parallel_group() if self.mesh.pp > 1 else None
+        Args:
+            count: valid tokens of this rank's rows; what the last stages say counts.
+        """
+        held = torch.tensor([count if self.is_last else 0], dtype=torch.int64, device=self.device)
+        dist.all_reduce(held)
+        return int(held.item())
 
     def _mean_over_dp(self, weighted_sum: Tensor) -> float:
         """What DeepSpeed's pipeline reports: the sum over micro-batches, divided by gas, meant over dp."""

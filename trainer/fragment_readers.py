@@ -1,9 +1,9 @@
 """Which ranges of parameters and moments a rank holds, read and written in place.
 
-Two readers give the same `StateView`s: the linked one follows DeepSpeed 0.19.8's `_hp_mapping` from a parameter to this
-rank's piece of the flat fp32 partition (ZeRO 1 and 2, with and without a pipeline); the plain one serves ZeRO 0, where every
-rank holds everything and each writes an equal share. A view is memory of the optimizer: reading copies nothing, loading
-writes through it. Knows canonical names only; file formats belong to `trainer.checkpoint`.
+Two readers give the same `StateView`s: the linked one follows DeepSpeed 0.19.8's `_hp_mapping` from a parameter to
+this rank's piece of the flat fp32 partition (ZeRO 1 and 2, with and without a pipeline); the plain one serves ZeRO 0,
+where every rank holds everything and each writes an equal share. A view is memory of the optimizer: reading copies
+nothing, loading writes through it. Knows canonical names only; file formats belong to `trainer.checkpoint`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,8 +49,8 @@ class StateView:
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Give AdamW its state before its first step, so that loading and linking need no dummy step.
 
-    DeepSpeed 0.19.8 links moments to parameters after the first group's first step, when the other groups have none yet;
-    with the state there from the start all are linked.
+    DeepSpeed 0.19.8 links moments to parameters after the first group's first step, when the other groups have none
+    yet; with the state there from the start all are linked.
     """
     for group in optimizer.param_groups:
         for held in group["params"]:

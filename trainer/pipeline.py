@@ -1,8 +1,8 @@
 """From the model's list of layers to pipeline stages.
 
-Owns where stages are cut, the modules that carry the tuple (hidden, positions, doc_ids) between them, and which canonical
-parameters a stage holds. Tied embeddings live on the first and on the last stage; the first stage's copy is the one that
-is counted, clipped and written. Refuses to know of optimizers or data.
+Owns where stages are cut, the modules that carry the tuple (hidden, positions, doc_ids) between them, and which
+canonical parameters a stage holds. Tied embeddings live on the first and on the last stage; the first stage's copy is
+the one that is counted, clipped and written. Refuses to know of optimizers or data.
 """
 
 import contextlib

@@ -213,7 +213,7 @@ class NoHooks:
 def report_to_json(report: Report) -> str:
     """One line of JSON with the report's `kind`."""
     kind = _KIND_OF[type(report)]
-    fields = _adapter(type(report)).dump_python(report, mode="json", by_alias=True)
+    fields = _adapter(_KINDS[kind]).dump_python(report, mode="json", by_alias=True)
     return json.dumps({"kind": kind, **fields}, separators=(",", ":"))
 
 

@@ -1,0 +1,194 @@
+"""The training loop of one rank, readable top to bottom.
+
+Owns the order of things in a step and when to evaluate, to write a checkpoint and to leave. Every rank runs the same
+loop and takes the same turns, because each decision follows from the step number or from an agreement of all ranks.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Literal
+
+from pydantic import JsonValue, TypeAdapter
+
+from data_service.cursor import Cursor
+from trainer.agreement import NEVER, agree
+from trainer.batching import RowSource, count_tokens, micro_batches
+from trainer.checkpoint import load_ranges, write_part
+from trainer.config import TrainConfig
+from trainer.deepspeed_config import Precision
+from trainer.deepspeed_engine import TrainEngine
+from trainer.errors import CheckpointIncompleteError, NonFiniteLossError
+from trainer.evaluate import evaluate, perplexity
+from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
+from trainer.manifest import EvalRecord, TrainState, read_manifest
+from trainer.model import TransformerConfig, parameter_shapes
+from trainer.optim import lr_at
+from trainer.protocol import EvalReport, FinishedReport, PartReport, RankHooks, StepReport, WorkerSpec
+
+__all__ = ["Rank", "load_state", "save", "train"]
+
+_PACKAGES = ("deepspeed", "numpy", "pyarrow", "safetensors", "torch")
+
+
+@dataclass
+class Rank:
+    """One rank, ready to train."""
+
+    spec: WorkerSpec
+    hooks: RankHooks
+    config: TransformerConfig
+    precision: Precision
+    engine: TrainEngine
+    client: RowSource
+    has_eval: bool
+    """Whether a held-out split exists."""
+    step: int = 0
+    """Optimizer steps done."""
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for all: the last stage of dp index 0, where the loss is."""
+        return self.spec.rank == self.engine.mesh.reporter
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The `train` section."""
+        return self.spec.train
+
+
+def load_state(rank: Rank) -> None:
+    """Fill the engine with initial weights or with `resume_step`. A collective: every rank calls it.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or another model's.
+        CursorMismatchError: it stands in another plan of rows.
+    """
+    spec, engine = rank.spec, rank.engine
+    if spec.resume_step is None:
+        fill_initial(engine.views, spec.seed, rank.config, spec.model.from_)
+        engine.refresh(optimizer_steps=0)
+        return
+    manifest = read_manifest(spec.checkpoints_uri, spec.resume_step)
+    state = manifest.state
+    if state.parameters != parameter_shapes(rank.config):
+        raise CheckpointIncompleteError(
+            f"Step {state.step} in {spec.checkpoints_uri} holds another model than the `model` section describes. "
+            "Resume with the run's own configuration."
+        )
+    Cursor(state.plan_digest, state.consumed_batches).check(rank.client.plan("train"))
+    fragments = load_ranges(spec.checkpoints_uri, manifest, wanted_ranges(engine.views))
+    load_fragments(engine.views, fragments)
+    engine.refresh(state.optimizer_steps)
+    rank.step = state.step
+
+
+def train(rank: Rank) -> None:
+    """Train from the loaded state to the last step, or to an agreed stop. A collective: every rank calls it.
+
+    Raises:
+        NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike.
+        DataError: rows did not come, or were not the plan's.
+    """
+    spec, engine, config = rank.spec, rank.engine, rank.train_config
+    if rank.step == 0:
+        _evaluate(rank)
+    slots = engine.layout.slots(engine.dp_index)
+    stream = rank.client.stream("train", rank.step, config.steps, slots) if engine.consumes_rows else None
+    stop_after = NEVER
+    reason: Literal["steps", "stop"] = "steps"
+    while rank.step < config.steps:
+        wish = rank.hooks.control()
+        if wish is not None:
+            stop_after = min(stop_after, wish.step)
+        began = time.perf_counter()
+        rows = None if stream is None else next(stream)
+        data_wait_s = time.perf_counter() - began
+        num_tokens = engine.global_tokens(0 if rows is None else count_tokens(rows))
+        batch = [] if rows is None else micro_batches(rows, engine.layout, num_tokens, engine.device)
+        lr = lr_at(rank.step, config)
+        outcome = engine.train_step(batch, lr)
+        rank.step += 1
+        agreed = agree(engine, rows, rank.step, stop_after)
+        step_s = time.perf_counter() - began
+        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
+            raise NonFiniteLossError(
+                f"Step {rank.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}. "
+                "Lower train.optimizer.lr, or lengthen train.schedule.warmup_steps."
+            )
+        if rank.reports:
+            rank.hooks.report(
+                StepReport(
+                    step=rank.step,
+                    loss=outcome.loss,
+                    tokens=num_tokens,
+                    sample_hash=agreed.sample_hash,
+                    lr=lr,
+                    grad_norm=outcome.grad_norm,
+                    step_s=step_s,
+                    data_wait_s=data_wait_s,
+                )
+            )
+        if rank.hooks.wants_snapshot(rank.step):
+            rank.hooks.snapshot(rank.step, tuple(read_fragments(engine.views)))
+        last = rank.step == config.steps
+        stopping = not last and agreed.stop_after <= rank.step
+        evaluation = None
+        if last or (config.eval.every and rank.step % config.eval.every == 0 and not stopping):
+            evaluation = _evaluate(rank)
+        if last or stopping or rank.step % config.checkpoint.every == 0:
+            save(rank, evaluation)
+        if stopping:
+            reason = "stop"
+            break
+    rank.hooks.report(FinishedReport(spec.rank, rank.step, reason))
+
+
+def save(rank: Rank, evaluation: EvalRecord | None) -> None:
+    """Write this rank's part of a checkpoint and report it; the controller commits."""
+    began = time.perf_counter()
+    spec = rank.spec
+    fragments = read_fragments(rank.engine.views)
+    receipt = write_part(spec.checkpoints_uri, rank.step, spec.attempt, spec.rank, fragments)
+    state = _train_state(rank, evaluation) if rank.reports else None
+    rank.hooks.report(PartReport(rank.step, spec.rank, receipt, state, time.perf_counter() - began))
+
+
+def _evaluate(rank: Rank) -> EvalRecord | None:
+    if not rank.has_eval:
+        return None
+    found = evaluate(rank.engine, rank.client, rank.train_config.eval.max_batches)
+    if not math.isfinite(found.loss):
+        raise NonFiniteLossError(
+            f"Step {rank.step}: the evaluation loss is {found.loss}. Lower train.optimizer.lr, or resume from an "
+            "earlier step."
+        )
+    record = EvalRecord(found.loss, perplexity(found.loss), found.tokens)
+    if rank.reports:
+        rank.hooks.report(EvalReport(rank.step, record.loss, record.perplexity, record.tokens))
+    return record
+
+
+def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
+    spec = rank.spec
+    plan = rank.client.plan("train")
+    return TrainState(
+        step=rank.step,
+        optimizer_steps=rank.step,
+        plan_digest=plan.digest,
+        consumed_batches=rank.step,
+        dataset_digest=plan.dataset_digest,
+        seed=spec.seed,
+        seq_len=spec.seq_len,
+        global_batch=spec.train.global_batch,
+        dp=spec.dp,
+        pp=spec.pp,
+        zero_stage=spec.train.zero.stage,
+        precision=rank.precision,
+        model=asdict(rank.config),
+        parameters=parameter_shapes(rank.config),
+        config=TypeAdapter(dict[str, JsonValue]).validate_json(spec.config_json),
+        versions={name: metadata.version(name) for name in _PACKAGES},
+        evaluation=evaluation,
+    )
