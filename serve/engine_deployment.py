@@ -43,7 +43,7 @@ class Engine:
     async def complete(self, request: EngineRequest) -> list[Delta] | ServeError:
         """Complete a request as a whole; cancelling the call aborts it."""
         gathered: list[Delta] = []
-        pieces = self._running().generate(request, interval_s=float("inf"))
+        pieces = self._running().generate(request, interval_s=None)
         try:
             async for deltas in pieces:
                 gathered.extend(deltas)

@@ -6,6 +6,7 @@ one message per token. An abandoned request is aborted before the next pass.
 """
 
 import asyncio
+import functools
 import logging
 import threading
 from collections import deque
@@ -29,11 +30,12 @@ class _Mailbox:
     """Deltas on their way to one consumer; touched by the event loop's thread only."""
 
     open_completions: int
-    interval_s: float
+    interval_s: float | None
+    """None: only a completion's end wakes the consumer."""
     pending: dict[int, Delta] = field(default_factory=dict)
     error: ServeError | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
-    last_sent_s: float = float("-inf")
+    last_sent_s: float | None = None
     """Loop time at which the consumer was last woken."""
     timer: asyncio.TimerHandle | None = None
 
@@ -47,8 +49,10 @@ class _Mailbox:
 
     def wake_in_time(self) -> None:
         """Wake the consumer now, or once the interval since the last time is over."""
+        if self.interval_s is None:
+            return
         loop = asyncio.get_running_loop()
-        due_s = self.last_sent_s + self.interval_s
+        due_s = loop.time() if self.last_sent_s is None else self.last_sent_s + self.interval_s
         if due_s <= loop.time():
             self.wake()
         elif self.timer is None:
@@ -82,14 +86,14 @@ class EngineDriver:
         """Load at this moment."""
         return self._core.stats()
 
-    async def generate(self, request: EngineRequest, interval_s: float = 0.02) -> AsyncGenerator[list[Delta]]:
+    async def generate(self, request: EngineRequest, interval_s: float | None = 0.02) -> AsyncGenerator[list[Delta]]:
         """Complete a request; each item holds at most one delta per completion.
 
         Closing the iterator early, or cancelling the task, aborts the request.
 
         Args:
             request: with an id that no other request under way has.
-            interval_s: least time between two items, unless a completion ends.
+            interval_s: least time between two items, unless a completion ends; None: only then.
 
         Raises:
             ServeError: the request was refused, or the engine failed.
@@ -128,7 +132,7 @@ class EngineDriver:
         try:
             self._core.add(request)
         except ServeError as error:
-            self._post(lambda error=error: self._fail(request.request_id, error))  # type: ignore[misc]
+            self._post(functools.partial(self._fail, request.request_id, error))
 
     def _post(self, callback: Callable[[], None]) -> None:
         if not self._loop.is_closed():
@@ -154,10 +158,10 @@ class EngineDriver:
                 )
                 error.__cause__ = cause
                 for request_id in self._core.abort_all():
-                    self._post(lambda request_id=request_id, error=error: self._fail(request_id, error))  # type: ignore[misc]
+                    self._post(functools.partial(self._fail, request_id, error))
                 continue
             if deltas:
-                self._post(lambda deltas=deltas: self._deliver(deltas))  # type: ignore[misc]
+                self._post(functools.partial(self._deliver, deltas))
 
     def _deliver(self, deltas: list[tuple[str, Delta]]) -> None:
         for request_id, delta in deltas:
