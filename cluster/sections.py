@@ -7,6 +7,8 @@ from pydantic import Field, field_validator, model_validator
 
 from data_service.settings import Section
 
+__all__ = ["ClusterConfig", "K8sConfig", "NodeConfig", "PodConfig", "RunSection", "SpotConfig"]
+
 
 class RunSection(Section):
     """Identity of the run."""

@@ -6,6 +6,17 @@ from pydantic import Field, model_validator
 
 from data_service.settings import Section
 
+__all__ = [
+    "DataConfig",
+    "DataServiceConfig",
+    "RejectsConfig",
+    "SourceConfig",
+    "SourceFormat",
+    "SplitConfig",
+    "TokenizerConfig",
+    "TokenizerTrainConfig",
+]
+
 SourceFormat = Literal["csv", "jsonl", "parquet", "txt"]
 
 _FORMAT_BY_SUFFIX: dict[str, SourceFormat] = {

@@ -5,6 +5,8 @@ It lives in the lowest folder because every section, in every folder, derives fr
 
 from pydantic import BaseModel, ConfigDict
 
+__all__ = ["Section"]
+
 
 class Section(BaseModel):
     """A frozen configuration section that rejects unknown keys.

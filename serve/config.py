@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from data_service.settings import Section
 
+__all__ = ["ReplicasConfig", "ServeConfig"]
+
 
 class ReplicasConfig(Section):
     """How many engine replicas may run."""

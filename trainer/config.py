@@ -6,6 +6,17 @@ from pydantic import Field, model_validator
 
 from data_service.settings import Section
 
+__all__ = [
+    "CheckpointConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "ZeroConfig",
+]
+
 
 class ModelConfig(Section):
     """The Transformer. Either its shape, or `from` an existing Hugging Face folder."""

@@ -19,7 +19,7 @@ from data_service.errors import ConfigError
 from trainer.model import Transformer, TransformerConfig, parameter_shapes
 from trainer.safetensors_io import MAX_HEADER_BYTES, PREFIX_BYTES, TensorEntry, make_header, parse_header
 
-__all__ = ["FolderWeights", "build_from_hf", "load_hf", "open_weights", "read_config", "save_hf"]
+__all__ = ["FolderWeights", "build_from_hf", "hf_name", "load_hf", "open_weights", "read_config", "save_hf"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -31,7 +31,16 @@ from trainer.model import (
 )
 from trainer.tasks.causal_lm import weighted_loss
 
-__all__ = ["NamedParameter", "StagePipeline", "State", "build_pipeline", "stage_bounds"]
+__all__ = [
+    "BlockLayer",
+    "EmbeddingLayer",
+    "HeadLayer",
+    "NamedParameter",
+    "StagePipeline",
+    "State",
+    "build_pipeline",
+    "stage_bounds",
+]
 
 _log = logging.getLogger(__name__)
 
