@@ -1,0 +1,7 @@
+"""`python -m cluster` is `stormjib`."""
+
+import sys
+
+from cluster.cli import main
+
+sys.exit(main())

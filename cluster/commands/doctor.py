@@ -1,0 +1,93 @@
+"""`stormjib doctor [FILE]`: look for what would keep a run from working here, and say what to change."""
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import load_config
+from data_service import storage
+
+__all__ = ["add_arguments", "execute"]
+
+_PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "grpcio", "s3fs", "tokenizers", "safetensors")
+_MIN_FREE_BYTES = 5 * 2**30
+_MIN_SHM_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class _Finding:
+    ok: bool
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE is optional."""
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a run's YAML file to check as well")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted overrides")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Print one line for each thing looked at; exit 1 when one of them is wrong."""
+    findings = [*_packages(), *_machine()]
+    if arguments.file is not None:
+        findings.extend(_run(arguments.file, arguments.overrides))
+    for finding in findings:
+        print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.text}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _packages() -> Iterator[_Finding]:
+    yield _Finding(sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} (3.11 or newer is needed)")
+    for name in _PACKAGES:
+        try:
+            yield _Finding(True, f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield _Finding(False, f"{name} is not installed: pip install stormjib")
+
+
+def _machine() -> Iterator[_Finding]:
+    yield _Finding(True, f"{os.cpu_count()} CPUs; {_gpus()}")
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    yield _Finding(
+        free >= _MIN_FREE_BYTES,
+        f"{free / 2**30:.1f} GiB free in {tempfile.gettempdir()} ({_MIN_FREE_BYTES / 2**30:.0f} GiB are needed; "
+        "set TMPDIR to another disk)",
+    )
+    shm = Path("/dev/shm")
+    if shm.exists():
+        free = shutil.disk_usage(shm).free
+        yield _Finding(
+            free >= _MIN_SHM_BYTES,
+            f"{free / 2**20:.0f} MiB free in /dev/shm ({_MIN_SHM_BYTES / 2**20:.0f} MiB are needed; in a container "
+            "raise --shm-size)",
+        )
+
+
+def _gpus() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU: runs go on CPU in fp32"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{len(names)} GPUs: {', '.join(sorted(set(names)))}"
+
+
+def _run(file: str, overrides: list[str]) -> Iterator[_Finding]:
+    config = load_config(file, overrides)
+    yield _Finding(True, f"{file}: valid")
+    probe = f"{config.root}/control/doctor-{os.getpid()}"
+    try:
+        storage.write_bytes(probe, b"stormjib")
+        storage.remove_file(probe)
+        yield _Finding(True, f"{config.root}: writable")
+    except OSError as error:
+        yield _Finding(False, f"{config.root}: not writable ({error}); set run.storage to another place")
+    for source in config.data.sources:
+        found = storage.glob_files(source.path)
+        yield _Finding(bool(found), f"{source.path}: {len(found)} files")

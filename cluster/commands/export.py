@@ -1,0 +1,37 @@
+"""`stormjib export FILE`: write a committed checkpoint as a Hugging Face folder."""
+
+import argparse
+from pathlib import Path
+
+from cluster.commands.arguments import add_run_file, config_of
+from cluster.run_store import RunFolder
+from data_service.errors import ConfigError
+
+__all__ = ["add_arguments", "execute"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE, overrides, the step and the folder."""
+    add_run_file(parser)
+    parser.add_argument("--step", type=int, help="the checkpoint; by default the one `serve.promote` asks for")
+    parser.add_argument("--out", metavar="DIR", help="the folder to write; by default export/ in the run's folder")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Export and print where."""
+    from cluster.policies import choose_promotion
+    from cluster.promotion import export_step
+    from trainer import manifest
+
+    config = config_of(arguments)
+    folder = RunFolder(config.root)
+    complete = manifest.list_complete(folder.checkpoints_uri)
+    losses = {step: values["loss"] for step, values in folder.history().evals.items()}
+    step = arguments.step if arguments.step is not None else choose_promotion(complete, losses, config.serve.promote)
+    if step is None or step not in complete:
+        found = ", ".join(map(str, complete)) or "none"
+        asked = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise ConfigError(f"{folder.checkpoints_uri}: {asked}; committed: {found}. Name one of those with --step.")
+    out = str(Path(arguments.out).resolve()) if arguments.out else folder.export_uri(step)
+    print(export_step(config, step, out).uri)
+    return 0

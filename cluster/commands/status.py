@@ -1,0 +1,68 @@
+"""`stormjib status FILE`: where a run stands, read from its folder alone."""
+
+import argparse
+import json
+from typing import Any
+
+from cluster.commands.arguments import add_run_file, config_of
+from cluster.run_store import RunFolder
+from data_service.errors import ConfigError
+
+__all__ = ["add_arguments", "execute", "status_of"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE, overrides and --json."""
+    add_run_file(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Print the status."""
+    config = config_of(arguments)
+    folder = RunFolder(config.root)
+    if not folder.exists():
+        raise ConfigError(f"{folder.root}: no run was started here. Start it with `stormjib run {arguments.file}`.")
+    status = status_of(folder)
+    if arguments.json:
+        print(json.dumps(status, ensure_ascii=False))
+        return 0
+    print(f"{folder.root}: {status['state']}, step {status['step']} of {status['steps']}, attempt {status['attempt']}")
+    if status["loss"] is not None:
+        print(f"training loss {status['loss']:.4f} on dp {status['dp']} x pp {status['pp']}")
+    for step, values in sorted(status["evals"].items(), key=lambda item: int(item[0])):
+        print(f"step {step}: held-out loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
+    print(f"checkpoints: {', '.join(map(str, status['checkpoints'])) or 'none'}")
+    print(f"recoveries: {len(status['recoveries'])}")
+    if status["exported"]:
+        print(f"exported: {status['exported']}")
+    if status["error"]:
+        print(f"error: {status['error']}")
+    return 0
+
+
+def status_of(folder: RunFolder) -> dict[str, Any]:
+    """The status as plain data; the keys are part of the stable surface."""
+    from trainer.manifest import list_complete
+
+    events, history = folder.events(), folder.history()
+    last = events[-1] if events else {}
+    step = history.steps[-1] if history.steps else {}
+    exported = [event["uri"] for event in events if event["event"] == "exported"]
+    started = max((i for i, event in enumerate(events) if event["event"] == "run_started"), default=0)
+    errors = [event["error"] for event in events[started:] if event["event"] == "run_ended" and event.get("error")]
+    return {
+        "run": folder.root,
+        "state": last.get("state", "pending"),
+        "attempt": last.get("attempt", 0),
+        "step": history.last_step,
+        "steps": folder.saved_config()["train"]["steps"],
+        "loss": step.get("loss"),
+        "dp": step.get("dp"),
+        "pp": step.get("pp"),
+        "evals": history.evals,
+        "checkpoints": list_complete(folder.checkpoints_uri),
+        "recoveries": [event for event in events if event["event"] == "recovered"],
+        "exported": exported[-1] if exported else None,
+        "error": errors[-1] if errors else None,
+    }

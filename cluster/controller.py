@@ -1,0 +1,270 @@
+"""The control loop: nodes, data, attempts, recovery, until all steps are done or nothing more can be.
+
+The controller runs in the process the user started and owns no rank. It decides with `policies` and `placement`, acts
+through agents and the data service, and writes everything that happens to the run's folder.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from cluster.attempt import Attempt, AttemptOutcome, AttemptTiming
+from cluster.checkpoint_commits import CheckpointCommitter
+from cluster.config import RunConfig
+from cluster.console import RunConsole
+from cluster.data_actors import DataServiceHandle
+from cluster.errors import RunFailedError
+from cluster.events import Event
+from cluster.node_pool import NodePool
+from cluster.placement import Placement
+from cluster.policies import FailureBudget, decide_recovery
+from cluster.run_store import RunWriter
+from cluster.states import RunState
+from data_service.access import DataAccess
+from data_service.shards import DatasetManifest
+from trainer import manifest as checkpoints
+from trainer.protocol import WorkerSpec
+
+__all__ = ["Controller", "TrainOutcome"]
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How training ended: all steps done, or stopped on request with a checkpoint."""
+
+    reason: Literal["finished", "stopped"]
+    step: int
+
+
+@dataclass
+class _Loss:
+    """A recovery under way."""
+
+    lost_step: int
+    resume_step: int
+    timing: AttemptTiming
+    placed: float = 0.0
+
+
+class Controller:
+    """Trains one run on a pool of nodes."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pool: NodePool,
+        writer: RunWriter,
+        console: RunConsole,
+        dataset: DatasetManifest,
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._writer = writer
+        self._console = console
+        self._dataset = dataset
+        self._stop_requested = stop_requested
+        self._budget = FailureBudget()
+        self._best_step = writer.folder.history().last_step
+        self._loss: _Loss | None = None
+        self._data: DataServiceHandle | None = None
+        self._looked_deep = False
+        self._told_skipped: set[int] = set()
+
+    def train(self) -> TrainOutcome:
+        """Train to `train.steps`, through losses.
+
+        Raises:
+            RunFailedError: a program fault, or more losses than the policies allow.
+            ConfigError: the mesh does not fit the machines.
+        """
+        steps = self._config.train.steps
+        resume = self._newest_checkpoint()
+        if resume is not None and resume >= steps:
+            self._console.say(f"step {resume} of {steps} is done already; raise train.steps to train on")
+            return TrainOutcome("finished", resume)
+        access = self._start_data()
+        try:
+            while True:
+                outcome = self._attempt(access)
+                if outcome.kind == "lost":
+                    access = self._recover(outcome, access)
+                    continue
+                self._console.stop()
+                return TrainOutcome("finished" if outcome.kind == "finished" else "stopped", outcome.last_step)
+        finally:
+            self._console.stop()
+            if self._data is not None:
+                self._data.stop()
+
+    def _start_data(self) -> DataAccess:
+        config = self._config
+        self._data = DataServiceHandle(
+            config.dataset_uri,
+            config.data,
+            seed=config.run.seed,
+            global_batch=config.train.global_batch,
+            host_by_node={node.node_id: node.host for node in self._pool.nodes()},
+            head_node=self._pool.head_node(),
+        )
+        access = self._data.start()
+        self._writer.events.write(Event.DATA_SERVICE_READY, fields={"workers": self._data.describe()})
+        return access
+
+    def _attempt(self, access: DataAccess) -> AttemptOutcome:
+        config, events = self._config, self._writer.events
+        placement = self._place()
+        events.enter(RunState.PLACING)
+        resume = self._newest_checkpoint()
+        self._writer.discard_after(resume or 0)
+        self._writer.next_attempt()
+        if self._loss is not None:
+            self._loss.placed, self._loss.resume_step = time.monotonic(), resume or 0
+        mesh = placement.mesh
+        events.write(
+            Event.ATTEMPT_STARTED,
+            fields={"dp": mesh.dp, "pp": mesh.pp, "resume_step": resume, "ranks": placement.describe()},
+        )
+        self._console.say(
+            f"attempt {events.attempt}: dp {mesh.dp} x pp {mesh.pp} on {placement.describe_text(self._pool.names())}, "
+            + (f"from the checkpoint of step {resume}" if resume is not None else "from initial weights")
+        )
+        specs = self._specs(placement, access, resume)
+        attempt = Attempt(
+            self._pool.agents(),
+            specs,
+            self._writer,
+            CheckpointCommitter(self._writer, config.train.checkpoint, mesh.world_size),
+            self._console,
+            best_step_before=self._best_step,
+            stop_requested=self._stop_requested,
+            on_idle_node_lost=self._lose_idle_node,
+            on_first_step=self._first_step,
+        )
+        outcome = attempt.run()
+        self._best_step = max(self._best_step, outcome.last_step)
+        return outcome
+
+    def _place(self) -> Placement:
+        """Slots for the ranks; waits for machines where more can come.
+
+        Raises:
+            ConfigError: the mesh does not fit, and nothing more can come.
+        """
+        parallel = self._config.train.parallel
+        return self._pool.place(parallel.dp, parallel.pp, on_wait=self._wait_for_nodes)
+
+    def _wait_for_nodes(self, reason: str) -> None:
+        self._writer.events.enter(RunState.PENDING)
+        self._console.say(reason)
+
+    def _specs(self, placement: Placement, access: DataAccess, resume: int | None) -> Mapping[str, list[WorkerSpec]]:
+        config, mesh = self._config, placement.mesh
+        first = self._pool.rendezvous(placement.node_of(0))
+        spec = WorkerSpec(
+            attempt=self._writer.events.attempt,
+            rank=0,
+            world_size=mesh.world_size,
+            dp=mesh.dp,
+            pp=mesh.pp,
+            local_rank=0,
+            device=self._device(),
+            master_addr=first.host,
+            master_port=first.port,
+            seed=config.run.seed,
+            seq_len=config.data.seq_len,
+            vocab_size=self._dataset.vocab_size,
+            model=config.model,
+            train=config.train,
+            data=access,
+            checkpoints_uri=self._writer.folder.checkpoints_uri,
+            resume_step=resume,
+            threads=max(1, int(config.cluster.node.cpus_per_slot)),
+            interface=self._pool.interface,
+            config_json=json.dumps(config.resolved()),
+        )
+        by_node: dict[str, list[WorkerSpec]] = {}
+        for rank in range(mesh.world_size):
+            node = placement.node_of(rank)
+            local = by_node.setdefault(node, [])
+            local.append(replace(spec, rank=rank, local_rank=len(local)))
+        return by_node
+
+    def _device(self) -> Literal["cpu", "cuda"]:
+        if self._config.train.device == "auto":
+            return "cuda" if self._config.cluster.node.gpus else "cpu"
+        return self._config.train.device
+
+    def _newest_checkpoint(self) -> int | None:
+        """The step to go on from; every byte is looked at once, before this controller's first attempt."""
+        found, skipped = checkpoints.newest_complete(self._writer.folder.checkpoints_uri, deep=not self._looked_deep)
+        self._looked_deep = True
+        for item in skipped:
+            if item.step not in self._told_skipped:
+                self._told_skipped.add(item.step)
+                self._writer.events.write(Event.CHECKPOINT_SKIPPED, fields={"step": item.step, "reason": item.reason})
+                self._console.say(f"checkpoint of step {item.step} is left out: {item.reason}")
+        return None if found is None else found.step
+
+    def _recover(self, outcome: AttemptOutcome, access: DataAccess) -> DataAccess:
+        """Decide whether the run goes on; repairs the data service for the next attempt."""
+        failure = outcome.failure
+        assert failure is not None, "a lost attempt names its failure"
+        self._console.stop()
+        self._console.say(f"step {outcome.last_step}: {failure.reason}")
+        cluster = self._config.cluster
+        decision = decide_recovery(
+            failure,
+            self._budget,
+            progressed=outcome.progressed,
+            elastic=cluster.elastic,
+            max_program_failures=cluster.max_program_failures,
+        )
+        self._budget = decision.budget
+        for node in failure.lost_nodes:
+            self._pool.forget(node)
+        if decision.action == "fail":
+            raise RunFailedError(f"the run failed at step {outcome.last_step}: {decision.reason}")
+        if self._loss is None:
+            self._loss = _Loss(outcome.last_step, 0, outcome.timing)
+        assert self._data is not None, "data are served before the first attempt"
+        return self._data.repair(self._pool.host_by_node()) if failure.lost_nodes else access
+
+    def _lose_idle_node(self, node: str) -> None:
+        """A node without ranks went: the ranks go on, and the data service gets a new worker."""
+        self._pool.forget(node)
+        self._writer.events.write(Event.NODE_LOST, node_id=node)
+        self._console.say(f"node {node[:8]} was lost; it held no rank")
+        assert self._data is not None, "data are served before the first attempt"
+        self._data.repair(self._pool.host_by_node())
+
+    def _first_step(self, step: int, timing: AttemptTiming) -> None:
+        """The first step of an attempt: what a recovery took is known now."""
+        self._pool.keep_warm()
+        loss, self._loss = self._loss, None
+        if loss is None or loss.timing.lost is None or loss.timing.stopped is None:
+            return
+        assert timing.ready is not None and timing.first_step is not None, "a step follows readiness"  # noqa: PT018
+        phases = {
+            "stop_s": loss.timing.stopped - loss.timing.lost,
+            "place_s": loss.placed - loss.timing.stopped,
+            "start_s": timing.ready - loss.placed,
+            "step_s": timing.first_step - timing.ready,
+        }
+        total = timing.first_step - loss.timing.lost
+        self._writer.events.write(
+            Event.RECOVERED,
+            fields={
+                "lost_step": loss.lost_step,
+                "resume_step": loss.resume_step,
+                "step": step,
+                "seconds": round(total, 3),
+                "phases": {name: round(seconds, 3) for name, seconds in phases.items()},
+            },
+        )
+        self._console.say(
+            f"recovered in {total:.1f} s: step {loss.resume_step + 1} again, {loss.lost_step - loss.resume_step} steps "
+            "recomputed, no row lost or repeated"
+        )

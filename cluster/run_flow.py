@@ -1,0 +1,152 @@
+"""A run from its file to its endpoint: prepare, train, promote, serve; and how each end is recorded."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from cluster.config import RunConfig
+from cluster.console import RunConsole
+from cluster.controller import Controller
+from cluster.events import Event
+from cluster.node_pool import NodePool
+from cluster.promotion import Export, newest_export, promote
+from cluster.ray_map import ray_mapper
+from cluster.ray_session import Session, open_session
+from cluster.run_store import RunWriter
+from cluster.states import RunState
+from cluster.stop_signal import StopSignal
+from data_service.errors import StormjibError
+from data_service.prepare import prepare
+from data_service.shards import DatasetManifest
+from serve.deployment import deploy, undeploy
+from serve.spec import Endpoint, ServeSpec
+
+__all__ = ["prepare_dataset", "run_all", "serve_export", "train_and_export"]
+
+
+def train_and_export(config: RunConfig, console: RunConsole) -> int:
+    """Prepare, train and export, on a session of its own; returns the exit code."""
+    with _opened(config) as writer, open_session(config.cluster, config.serve) as session:
+        export = _train(config, session, writer, console)
+        return 0 if export is not None else 130
+
+
+def run_all(config: RunConfig, console: RunConsole) -> int:
+    """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
+    with open_session(config.cluster, config.serve) as session:
+        with _opened(config) as writer:
+            export = _train(config, session, writer, console)
+            if export is None:
+                return 130
+            endpoint = _deploy(config, session, export, console)
+            writer.events.write(Event.SERVING, fields={"url": endpoint.url, "step": export.step})
+        _serve_until_interrupted(session, console)
+    return 0
+
+
+def serve_export(config: RunConfig, console: RunConsole) -> int:
+    """Serve the newest export until Ctrl-C; inside a Ray job the application stays up and this returns."""
+    export = newest_export(config)
+    with open_session(config.cluster, config.serve, with_nodes=False) as session:
+        _deploy(config, session, export, console)
+        _serve_until_interrupted(session, console)
+    return 0
+
+
+def prepare_dataset(config: RunConfig, console: RunConsole) -> DatasetManifest:
+    """Prepare the dataset in this process, without a cluster."""
+    return prepare(config.data, config.dataset_uri, progress=console.prepare)
+
+
+@contextmanager
+def _opened(config: RunConfig) -> Iterator[RunWriter]:
+    """The run's folder; whatever goes wrong inside is recorded as the run's end."""
+    writer = RunWriter.open(config)
+    try:
+        yield writer
+    except BaseException as error:
+        if not writer.events.state.is_terminal:
+            writer.events.enter(RunState.CANCELLED if isinstance(error, KeyboardInterrupt) else RunState.FAILED)
+            text = str(error) if isinstance(error, StormjibError) else f"{type(error).__name__}: {error}"
+            writer.events.write(Event.RUN_ENDED, fields={"step": _last_step(writer), "error": text[:4000]})
+        raise
+    finally:
+        writer.close()
+
+
+def _train(config: RunConfig, session: Session, writer: RunWriter, console: RunConsole) -> Export | None:
+    """Prepare, train, export; None when the run was stopped on request."""
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal(writer.stop_requested, console.say))
+        pool = stack.enter_context(NodePool(config, session, writer, console))
+        pool.start()
+        began = time.monotonic()
+        manifest = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
+        seconds = time.monotonic() - began
+        documents = sum(split.num_documents for split in manifest.splits.values())
+        tokens = sum(split.num_tokens for split in manifest.splits.values())
+        fields = {
+            "digest": manifest.digest,
+            "documents": documents,
+            "tokens": tokens,
+            "rejects": manifest.num_rejects,
+            "seconds": round(seconds, 3),
+        }
+        writer.events.write(Event.DATASET_READY, fields=fields)
+        console.say(
+            f"dataset: {documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}"
+            + (
+                f"; {manifest.num_rejects} records rejected, see {config.dataset_uri}/rejects.jsonl"
+                * bool(manifest.num_rejects)
+            )
+        )
+        outcome = Controller(config, pool, writer, console, manifest, stop).train()
+        if outcome.reason == "stopped":
+            writer.events.enter(RunState.CANCELLED)
+            writer.events.write(Event.RUN_ENDED, fields={"step": outcome.step, "error": None})
+            console.say(f"stopped after step {outcome.step}; the same command goes on from its checkpoint")
+            return None
+        export = promote(config, writer)
+        writer.events.enter(RunState.FINISHED)
+        writer.events.write(Event.RUN_ENDED, fields={"step": outcome.step, "error": None})
+        console.say(f"exported step {export.step} to {export.uri}")
+        return export
+
+
+def _deploy(config: RunConfig, session: Session, export: Export, console: RunConsole) -> Endpoint:
+    spec = ServeSpec(
+        model_uri=export.uri,
+        model_name=config.serve.model_name or config.run.name,
+        step=export.step,
+        digest=export.digest,
+        config=config.serve,
+        device="cuda" if config.serve.gpus_per_replica else "cpu",
+    )
+    endpoint = deploy(spec)
+    console.say(f"serving step {export.step} as {spec.model_name!r} at {endpoint.url}")
+    console.say(
+        f"""try: curl {endpoint.url}/v1/completions -H 'Content-Type: application/json' """
+        f"""-d '{{"model": "{spec.model_name}", "prompt": "...", "max_tokens": 32, "stream": true}}'"""
+    )
+    return endpoint
+
+
+def _serve_until_interrupted(session: Session, console: RunConsole) -> None:
+    if session.in_job:
+        console.say("the application stays up after this job; `serve shutdown` on the cluster ends it")
+        return
+    console.say("Ctrl-C ends the endpoint")
+    ended = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ended.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    undeploy()
+
+
+def _last_step(writer: RunWriter) -> int:
+    return writer.folder.history().last_step
