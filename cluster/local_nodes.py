@@ -29,6 +29,7 @@ from typing import Self
 
 from cluster import node_keeper
 from cluster.errors import LocalNodeError
+from cluster.ray_auth import shown_token
 
 __all__ = ["HEAD_RESOURCE", "SLOT_RESOURCE", "LocalCluster", "LocalNode"]
 
@@ -84,6 +85,17 @@ class LocalNode:
         """PIDs of the node's live processes, parents first; the keeper is not among them."""
         return node_keeper.descendants(self.pid)
 
+    def raylet(self) -> int | None:
+        """PID of the node's raylet; None when it is gone."""
+        for pid in self.processes():
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                continue
+            if name == "raylet":
+                return pid
+        return None
+
 
 class LocalCluster:
     """A head and `nodes` worker nodes on this machine."""
@@ -110,6 +122,7 @@ class LocalCluster:
         cpus_per_slot: float = 1.0,
         gpus: int = 0,
         head_cpus: float = 1.0,
+        head_gpus: int = 0,
         object_store_bytes: int = 128 * 2**20,
         dashboard: bool = False,
     ) -> "LocalCluster":
@@ -121,6 +134,7 @@ class LocalCluster:
             cpus_per_slot: logical CPUs a slot takes; a worker node offers slots · cpus_per_slot of them.
             gpus: GPUs a worker node offers, 0 … n-1 on the first, the next on the second, and so on.
             head_cpus: logical CPUs of the head, for tasks and replicas; ranks do not run there.
+            head_gpus: GPUs of the head, the same devices as the first node's: replicas follow training in time.
             object_store_bytes: Ray's object store on each node; at least 75 MiB.
             dashboard: start Ray's dashboard, which takes submitted jobs.
 
@@ -131,7 +145,7 @@ class LocalCluster:
         atexit.register(cluster.stop)
         try:
             cluster._write_token()
-            cluster._start_head(head_cpus, object_store_bytes, dashboard)
+            cluster._start_head(head_cpus, head_gpus, object_store_bytes, dashboard)
             for index in range(nodes):
                 resources = {SLOT_RESOURCE: slots}
                 cpus = slots * cpus_per_slot
@@ -141,6 +155,10 @@ class LocalCluster:
             cluster.stop()
             raise
         return cluster
+
+    def all_nodes(self) -> list[LocalNode]:
+        """The head, then the worker nodes."""
+        return [*([self.head] if self.head is not None else []), *self.nodes]
 
     def client_environment(self) -> dict[str, str]:
         """What a process needs in its environment to be let in."""
@@ -156,7 +174,7 @@ class LocalCluster:
             return
         self._stopped = True
         atexit.unregister(self.stop)
-        _end([*self.nodes, *([self.head] if self.head is not None else [])])
+        _end(self.all_nodes())
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -172,7 +190,7 @@ class LocalCluster:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
 
-    def _start_head(self, cpus: float, object_store_bytes: int, dashboard: bool) -> None:
+    def _start_head(self, cpus: float, gpus: int, object_store_bytes: int, dashboard: bool) -> None:
         host = _host(0)
         port = self._free_port(host)
         self.address = f"{host}:{port}"
@@ -186,7 +204,9 @@ class LocalCluster:
             "--no-monitor",
         ]
         extra = {"DASHBOARD_METRIC_PORT": str(self._free_port("127.0.0.1"))}
-        self.head = self._start_node(0, arguments, cpus, 0, {HEAD_RESOURCE: 1}, object_store_bytes, extra)
+        if gpus:
+            extra["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpus()[:gpus])
+        self.head = self._start_node(0, arguments, cpus, gpus, {HEAD_RESOURCE: 1}, object_store_bytes, extra)
         deadline = time.monotonic() + START_S
         while not _accepts(host, port):
             self._check(self.head, deadline)
@@ -253,12 +273,11 @@ class LocalCluster:
 
     def _await_joined(self) -> None:
         """Wait until the head knows all nodes as alive; fills in their ids."""
-        with _authenticated(self):
+        with shown_token(self.client_environment()):
             from ray._raylet import GcsClient
 
             client = GcsClient(address=self.address)
-            assert self.head is not None, "the head was started"
-            waiting = {node.host: node for node in (self.head, *self.nodes)}
+            waiting = {node.host: node for node in self.all_nodes()}
             deadline = time.monotonic() + START_S
             while waiting:
                 for node_id, info in client.get_all_node_info().items():
@@ -309,8 +328,8 @@ def _make_folder() -> Path:
         if len(parent) <= _LONGEST_FOLDER - len("/sj-12345678/n000") and os.access(parent, os.W_OK | os.X_OK):
             return Path(tempfile.mkdtemp(prefix="sj-", dir=parent))
     raise LocalNodeError(
-        f"Local nodes need a folder with a short path for their sockets, and {tempfile.gettempdir()}, /tmp and /var/tmp "
-        "are too long or not writable. Set TMPDIR to a writable folder with a short path."
+        f"Local nodes need a folder with a short path for their sockets, and {tempfile.gettempdir()}, /tmp and "
+        "/var/tmp are too long or not writable. Set TMPDIR to a writable folder with a short path."
     )
 
 
@@ -348,11 +367,3 @@ def _end(nodes: list[LocalNode]) -> None:
             node.keeper.wait()
         if node.keeper.stdin is not None:
             node.keeper.stdin.close()
-
-
-@contextlib.contextmanager
-def _authenticated(cluster: LocalCluster):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    from cluster.ray_auth import shown_token
-
-    with shown_token(cluster.client_environment()):
-        yield

@@ -5,8 +5,8 @@ megabytes. As a child subreaper (Linux) it becomes the parent of every orphan of
 descendants finds the whole node, whatever process groups Ray makes. It ends the node when its standard input closes,
 when its parent dies, when the node's first process exits, or on SIGTERM. Refuses to know anything of Ray.
 
-Usage: node_keeper.py FOLDER -- COMMAND...; FOLDER is removed at the end. It lies in the cluster's folder, which goes too
-when the owner of the cluster is gone.
+Usage: node_keeper.py FOLDER -- COMMAND...; FOLDER is removed at the end. It lies in the cluster's folder, which
+goes too when the owner of the cluster is gone.
 """
 
 import contextlib

@@ -1,32 +1,15 @@
 """Where ranks go: slots of nodes → a mesh whose pipelines stay on one node where they can.
 
-Owns `NodeView`, what the runtime knows of a node, and the choice of degree and slots. Pure: it starts nothing, waits
-for nothing, and gives the same answer to the same nodes in the same order.
+Pure: it starts nothing, waits for nothing, and gives the same answer to the same slots in the same order.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from trainer.topology import Mesh
 
-__all__ = ["NoPlacement", "NodeView", "Placement", "RankSlot", "place"]
-
-
-@dataclass(frozen=True)
-class NodeView:
-    """A node as placement sees it."""
-
-    node_id: str
-    """Ray's node id in hex."""
-    host: str
-    """Address at which other nodes reach it."""
-    alive: bool
-    slots: int
-    """Ranks it may hold; 0 for a node that holds none."""
-    is_head: bool
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """Ray's node labels."""
+__all__ = ["NoPlacement", "Placement", "RankSlot", "place"]
 
 
 @dataclass(frozen=True)
@@ -85,12 +68,7 @@ class NoPlacement:
 
 
 def place(
-    nodes: Sequence[NodeView],
-    dp: int | Literal["auto"],
-    pp: int,
-    *,
-    min_dp: int = 1,
-    max_slots: int | None = None,
+    slots: Mapping[str, int], dp: int | Literal["auto"], pp: int, *, at_least: int = 1
 ) -> Placement | NoPlacement:
     """Choose a data-parallel degree and a slot for every rank.
 
@@ -99,38 +77,34 @@ def place(
     slots stay free.
 
     Args:
-        nodes: the nodes; dead ones and those without slots are passed over.
-        dp: the wanted degree; fewer pipelines are placed when the slots do not allow it, down to `min_dp`. `auto`
-            takes what the slots allow.
+        slots: node id → ranks the node may hold.
+        dp: the wanted degree; fewer pipelines are placed when the slots do not allow it. `auto` takes what they allow.
         pp: pipeline stages.
-        min_dp: the fewest pipelines that are worth placing.
-        max_slots: the most slots to use; None uses what the degree needs.
+        at_least: the fewest pipelines that are worth placing.
     """
-    usable = [node for node in nodes if node.alive and node.slots > 0]
-    total = sum(node.slots for node in usable)
-    allowed = total if max_slots is None else min(total, max_slots)
-    degree = allowed // pp if dp == "auto" else min(dp, allowed // pp)
-    if degree < max(1, min_dp):
-        limit = "" if max_slots is None or max_slots >= total else f", {max_slots} of them allowed"
+    total = sum(slots.values())
+    degree = total // pp if dp == "auto" else min(dp, total // pp)
+    fewest = max(1, at_least)
+    if degree < fewest:
         return NoPlacement(
-            f"train.parallel dp={max(1, min_dp)} x pp={pp} needs {max(1, min_dp) * pp} slots, and "
-            f"{len(usable)} live nodes give {total}{limit}. Add nodes or slots, or lower the mesh."
+            f"train.parallel dp={fewest} x pp={pp} needs {fewest * pp} slots, and {len(slots)} live nodes give "
+            f"{total}. Add nodes or slots, or lower the mesh."
         )
-    free = {node.node_id: node.slots for node in usable}
+    free = dict(slots)
     used = dict.fromkeys(free, 0)
-    slots: list[RankSlot] = []
+    ranks: list[RankSlot] = []
 
     def take(node_id: str) -> None:
-        slots.append(RankSlot(node_id, used[node_id]))
+        ranks.append(RankSlot(node_id, used[node_id]))
         used[node_id] += 1
         free[node_id] -= 1
 
     for node_id in free:
-        while free[node_id] >= pp and len(slots) < degree * pp:
+        while free[node_id] >= pp and len(ranks) < degree * pp:
             for _ in range(pp):
                 take(node_id)
-    while len(slots) < degree * pp:
+    while len(ranks) < degree * pp:
         fullest = max(free, key=lambda node_id: free[node_id])
-        for _ in range(min(free[fullest], pp - len(slots) % pp)):
+        for _ in range(min(free[fullest], pp - len(ranks) % pp)):
             take(fullest)
-    return Placement(Mesh(degree, pp), tuple(slots))
+    return Placement(Mesh(degree, pp), tuple(ranks))
