@@ -227,6 +227,10 @@ def _explain(cause: ValidationError) -> InvalidRequestError:
         return InvalidRequestError(
             f"prompt: expected text, token ids, or a list of at most {MAX_PROMPTS} of either, not empty.", name
         )
+    if name == "stop":
+        return InvalidRequestError(
+            "stop: expected a text, or a list of at most 4, of at most 1024 characters each.", name
+        )
     found = problem["input"]
     shown = repr(found) if len(repr(found)) <= 80 else f"a {type(found).__name__}"
     return InvalidRequestError(f"{name}={shown}: {problem['msg']}.", name)

@@ -60,8 +60,6 @@ def make_model_folder(
         d_model=d_model, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads, init_std=init_std
     )
     config = TransformerConfig.from_section(section, max(vocab_size, tokenizer.get_vocab_size()), max_positions)
-    tensors = (
-        (name, initial_tensor(name, shape, seed, config)) for name, shape in parameter_shapes(config).items()
-    )
+    tensors = ((name, initial_tensor(name, shape, seed, config)) for name, shape in parameter_shapes(config).items())
     save_hf(str(folder / "model"), config, tensors, str(files))
     return str(folder / "model")

@@ -1,0 +1,77 @@
+"""The Serve application from plain arguments, for a Ray Serve configuration file (`import_path: serve.app:build`).
+
+Owns the choice of the export that is served. It starts nothing: whoever reads the configuration (the KubeRay operator,
+`serve deploy`) runs the application. `serve.deployment.deploy` is the way for a driver of our own.
+"""
+
+import re
+
+from pydantic import Field
+from ray.serve import Application
+
+from data_service import storage
+from data_service.errors import ConfigError
+from data_service.settings import Section
+from serve.config import ServeConfig
+from serve.deployment import application
+from serve.spec import ServeSpec
+
+__all__ = ["AppArgs", "build", "spec_from_args"]
+
+_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+
+
+class AppArgs(Section):
+    """Arguments of the application, as they stand in the Serve configuration."""
+
+    export_uri: str
+    """Folder of a run's exports, `STORAGE/NAME/export`."""
+    step: int | None = Field(None, ge=0)
+    """Training step to serve; by default the highest that was exported."""
+    model_name: str
+    """The `model` clients ask for."""
+    serve: ServeConfig
+    """The `serve` section."""
+
+
+def build(args: AppArgs) -> Application:
+    """The application of the export that `args` chooses.
+
+    Raises:
+        ConfigError: there is no such export, or the bearer key's variable is not set.
+    """
+    found: Application = application(spec_from_args(args))
+    return found
+
+
+def spec_from_args(args: AppArgs) -> ServeSpec:
+    """What is to be served: the wanted export, or the highest step of which the export was finished.
+
+    Raises:
+        ConfigError: there is no such export.
+    """
+    from trainer.export import PROVENANCE_FILE, read_provenance
+
+    folders = {
+        int(match[1]): storage.join(args.export_uri, match[0])
+        for match in map(_STEP_FOLDER.fullmatch, storage.list_names(args.export_uri))
+        if match is not None
+    }
+    finished = sorted(step for step, uri in folders.items() if storage.exists(storage.join(uri, PROVENANCE_FILE)))
+    step = args.step if args.step is not None else (finished[-1] if finished else None)
+    if step not in finished:
+        wanted = "an export" if step is None else f"the export of step {step}"
+        raise ConfigError(
+            f"export_uri={args.export_uri} has not {wanted}; finished are: {', '.join(map(str, finished)) or 'none'}. "
+            "Train or export first, or name another step."
+        )
+    uri = folders[step]
+    provenance = read_provenance(uri)
+    return ServeSpec(
+        model_uri=uri,
+        model_name=args.model_name,
+        step=provenance.step,
+        digest=provenance.digest,
+        config=args.serve,
+        device="cuda" if args.serve.gpus_per_replica else "cpu",
+    )
