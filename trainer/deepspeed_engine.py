@@ -32,7 +32,8 @@ from trainer.fragment_readers import (
 )
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import make_optimizer
-from trainer.pipeline import NamedParameter, StagePipeline, build_pipeline
+from trainer.pipeline import StagePipeline, build_pipeline
+from trainer.stages import NamedParameter
 from trainer.tasks.causal_lm import weighted_loss
 from trainer.topology import BatchLayout, Mesh
 

@@ -17,7 +17,7 @@ from trainer.errors import CheckpointIncompleteError
 from trainer.fragments import KINDS, Fragment, Kind, Range
 from trainer.initialise import initial_tensor
 from trainer.model import TransformerConfig, parameter_shapes
-from trainer.pipeline import NamedParameter
+from trainer.stages import NamedParameter
 
 __all__ = [
     "StateView",

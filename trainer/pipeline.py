@@ -1,23 +1,20 @@
 """From the model's list of layers to pipeline stages.
 
-Owns where stages are cut, the modules that carry the tuple (hidden, positions, doc_ids) between them, and which
-canonical parameters a stage holds. Tied embeddings live on the first and on the last stage; the first stage's copy is
-the one that is counted, clipped and written. Refuses to know of optimizers or data.
+Owns the modules that carry the tuple (hidden, positions, doc_ids) between stages, and which canonical parameters a
+stage holds; where to cut is decided in `trainer.stages`. Tied embeddings live on the first and on the last stage; the
+first stage's copy is the one that is counted, clipped and written. Refuses to know of optimizers or data.
 """
 
 import contextlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
 from deepspeed.pipe import LayerSpec as StageLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
-from data_service.errors import ConfigError
 from trainer.attention import CausalContext
 from trainer.model import (
     Block,
@@ -27,8 +24,8 @@ from trainer.model import (
     TransformerConfig,
     layers,
     named_parameters,
-    parameter_shapes,
 )
+from trainer.stages import NamedParameter, stage_bounds
 from trainer.tasks.causal_lm import weighted_loss
 
 __all__ = [
@@ -48,56 +45,6 @@ State = tuple[Tensor, Tensor, Tensor]
 """What flows between layers: hidden [B, T, D], positions [B, T] int64, doc_ids [B, T] int64."""
 
 _TIED = "embedding"
-
-
-@dataclass(frozen=True)
-class NamedParameter:
-    """A trained parameter as this rank holds it."""
-
-    name: str
-    """Canonical name."""
-    parameter: nn.Parameter
-    counted: bool
-    """False on the second copy of a tied matrix: the same numbers are written and clipped elsewhere."""
-
-
-def stage_bounds(config: TransformerConfig, num_stages: int) -> tuple[int, ...]:
-    """Where `layers(config)` is cut, so that the dearest stage is as cheap as can be.
-
-    A layer costs its matrix parameters (multiplications per token); the embedding is a look-up and costs nothing, the
-    head costs V · D. Every stage gets a block, because a stage without norms would lack a parameter group, and
-    DeepSpeed's norm over groups would wait for ever.
-
-    Returns:
-        `num_stages + 1` indices into `layers(config)`, from 0 to its length.
-
-    Raises:
-        ConfigError: there are fewer blocks than stages.
-    """
-    if num_stages > config.num_layers:
-        raise ConfigError(
-            f"train.parallel.pp={num_stages} with model.num_layers={config.num_layers}: a stage needs a block. "
-            f"Set train.parallel.pp to {config.num_layers} or less."
-        )
-    head_cost = config.vocab_size * config.d_model
-    shapes = parameter_shapes(config)
-    block_cost = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
-    # best[s][b]: least possible cost of the dearest of s stages that hold the first b blocks, and its last cut.
-    infinite = float("inf")
-    best: list[list[tuple[float, int]]] = [[(infinite, 0)] * (config.num_layers + 1) for _ in range(num_stages + 1)]
-    best[0][0] = (0.0, 0)
-    for stage in range(1, num_stages + 1):
-        extra = head_cost if stage == num_stages else 0
-        for stop in range(stage, config.num_layers + 1):
-            best[stage][stop] = min(
-                (max(best[stage - 1][start][0], (stop - start) * block_cost + extra), start)
-                for start in range(stage - 1, stop)
-            )
-    cuts = [config.num_layers]
-    for stage in range(num_stages, 0, -1):
-        cuts.append(best[stage][cuts[-1]][1])
-    inner = [block + 1 for block in reversed(cuts[1:-1])]
-    return (0, *inner, config.num_layers + 2)
 
 
 class BlockLayer(nn.Module):

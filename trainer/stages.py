@@ -1,0 +1,64 @@
+"""Where a model is cut into pipeline stages, and what a stage calls its parameters.
+
+Pure arithmetic over `trainer.model.layers`; loads no DeepSpeed, so that a planner may ask.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data_service.errors import ConfigError
+from trainer.model import TransformerConfig, parameter_shapes
+
+__all__ = ["NamedParameter", "stage_bounds"]
+
+
+@dataclass(frozen=True)
+class NamedParameter:
+    """A trained parameter as this rank holds it."""
+
+    name: str
+    """Canonical name."""
+    parameter: nn.Parameter
+    counted: bool
+    """False on the second copy of a tied matrix: the same numbers are written and clipped elsewhere."""
+
+
+def stage_bounds(config: TransformerConfig, num_stages: int) -> tuple[int, ...]:
+    """Where `layers(config)` is cut, so that the dearest stage is as cheap as can be.
+
+    A layer costs its matrix parameters (multiplications per token); the embedding is a look-up and costs nothing, the
+    head costs V · D. Every stage gets a block, because a stage without norms would lack a parameter group, and
+    DeepSpeed's norm over groups would wait for ever.
+
+    Returns:
+        `num_stages + 1` indices into `layers(config)`, from 0 to its length.
+
+    Raises:
+        ConfigError: there are fewer blocks than stages.
+    """
+    if num_stages > config.num_layers:
+        raise ConfigError(
+            f"train.parallel.pp={num_stages} with model.num_layers={config.num_layers}: a stage needs a block. "
+            f"Set train.parallel.pp to {config.num_layers} or less."
+        )
+    head_cost = config.vocab_size * config.d_model
+    shapes = parameter_shapes(config)
+    block_cost = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
+    # best[s][b]: least possible cost of the dearest of s stages that hold the first b blocks, and its last cut.
+    infinite = float("inf")
+    best: list[list[tuple[float, int]]] = [[(infinite, 0)] * (config.num_layers + 1) for _ in range(num_stages + 1)]
+    best[0][0] = (0.0, 0)
+    for stage in range(1, num_stages + 1):
+        extra = head_cost if stage == num_stages else 0
+        for stop in range(stage, config.num_layers + 1):
+            best[stage][stop] = min(
+                (max(best[stage - 1][start][0], (stop - start) * block_cost + extra), start)
+                for start in range(stage - 1, stop)
+            )
+    cuts = [config.num_layers]
+    for stage in range(num_stages, 0, -1):
+        cuts.append(best[stage][cuts[-1]][1])
+    inner = [block + 1 for block in reversed(cuts[1:-1])]
+    return (0, *inner, config.num_layers + 2)
