@@ -72,9 +72,9 @@ class LocalNode:
     log: Path
     """Output of `ray start`; gone after `LocalCluster.stop`."""
     folder: Path
+    keeper: "subprocess.Popen[bytes]" = field(repr=False)
     node_id: str = ""
     """Ray's node id in hex, known once it has joined."""
-    keeper: "subprocess.Popen[bytes]" = field(repr=False, default=None)  # type: ignore[assignment]
 
     @property
     def is_running(self) -> bool:
@@ -274,7 +274,7 @@ class LocalCluster:
     def _await_joined(self) -> None:
         """Wait until the head knows all nodes as alive; fills in their ids."""
         with shown_token(self.client_environment()):
-            from ray._raylet import GcsClient
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
             client = GcsClient(address=self.address)
             waiting = {node.host: node for node in self.all_nodes()}

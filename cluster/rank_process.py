@@ -1,4 +1,6 @@
-"""The process of one rank, from warm standby to exit: `python -m cluster.rank_process --reports FD --parent PID --device cpu`.
+"""The process of one rank, from warm standby to exit.
+
+    python -m cluster.rank_process --reports FD --parent PID --device cpu
 
 It loads what a rank needs (torch, DeepSpeed, the trainer), then waits for its specification; a standby is the same
 process started early. Commands come in as JSON lines on standard input, one object each:

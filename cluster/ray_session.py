@@ -5,10 +5,12 @@ mode (`ray://`): remote use goes through Ray's Jobs API.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 
@@ -68,7 +70,7 @@ class Session:
         A node of a local session holds the slots it was started with, the head none. Elsewhere a node holds as many
         slots as its CPUs and GPUs allow, at most `cluster.node.slots`; a head with CPUs counts like any other.
         """
-        views = [self._view(record) for record in ray.nodes()]
+        views = [self._view(record) for record in ray.nodes()]  # type: ignore[no-untyped-call]
         return sorted(views, key=lambda view: (_host_key(view.host), view.node_id))
 
     def pids(self) -> dict[str, int]:
@@ -164,9 +166,11 @@ def open_session(
 @contextmanager
 def _connected(address: str, node_host: str | None) -> Iterator[str]:
     """Connect this process; `node_host` names the node of this machine to attach to, where it has several."""
-    where = {} if node_host is None else {"_node_ip_address": node_host}
+    where: dict[str, Any] = {} if node_host is None else {"_node_ip_address": node_host}
     try:
-        context = ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="WARNING", **where)
+        context: Any = ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **where
+        )
     except (ConnectionError, ValueError, RuntimeError) as cause:
         raise ConfigError(
             f"cluster.address={address}: no Ray could be joined there: {cause} Start one (ray start --head), give the "
