@@ -128,5 +128,8 @@ class K8sConfig(Section):
     """Memory of a pod that holds one engine replica."""
     termination_grace_s: int = Field(60, ge=30)
     """Grace period of the pods; longer than drain and snapshot."""
+    serve_step: int | None = Field(None, ge=0)
+    """Training step whose export the RayService serves; by default the highest there is when the application starts.
+    Another step updates the RayService in place."""
     mode: Literal["train", "serve", "all"] = "all"
     """Which objects to render: the RayJob, the RayService, or both."""

@@ -163,7 +163,7 @@ def _ray_cluster(config: RunConfig, part: str, groups: list[Document]) -> Docume
 def _serve_config(config: RunConfig) -> str:
     """Serve's own configuration, as the text that the operator sends to the dashboard.
 
-    The application serves the newest export of the run; the proxies listen on every address because the network
+    The application serves an export of the run; the proxies listen on every address because the network
     policy and the bearer key stand before them.
     """
     engine = config.serve.model_copy(update={"host": _EVERY_ADDRESS})
@@ -173,6 +173,7 @@ def _serve_config(config: RunConfig) -> str:
         "import_path": APP_BUILDER,
         "args": {
             "export_uri": f"{config.root}/export",
+            "step": config.k8s.serve_step,
             "model_name": config.serve.model_name or config.run.name,
             "serve": engine.model_dump(mode="json", by_alias=True),
         },

@@ -18,7 +18,7 @@ from serve.spec import ServeSpec
 
 __all__ = ["AppArgs", "build", "spec_from_args"]
 
-_STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 
 class AppArgs(Section):
@@ -50,28 +50,27 @@ def spec_from_args(args: AppArgs) -> ServeSpec:
     Raises:
         ConfigError: there is no such export.
     """
-    from trainer.export import PROVENANCE_FILE, read_provenance
+    from trainer.export import read_provenance
 
-    folders = {
-        int(match[1]): storage.join(args.export_uri, match[0])
-        for match in map(_STEP_FOLDER.fullmatch, storage.list_names(args.export_uri))
-        if match is not None
-    }
-    finished = sorted(step for step, uri in folders.items() if storage.exists(storage.join(uri, PROVENANCE_FILE)))
-    step = args.step if args.step is not None else (finished[-1] if finished else None)
-    if step not in finished:
+    finished: dict[int, ServeSpec] = {}
+    for name in filter(_STEP_FOLDER.fullmatch, storage.list_names(args.export_uri)):
+        uri = storage.join(args.export_uri, name)
+        provenance = read_provenance(uri)
+        if provenance is not None:  # it is written last: without it the export was not finished
+            finished[provenance.step] = ServeSpec(
+                model_uri=uri,
+                model_name=args.model_name,
+                step=provenance.step,
+                digest=provenance.digest,
+                config=args.serve,
+                device="cuda" if args.serve.gpus_per_replica else "cpu",
+            )
+    step = args.step if args.step is not None else max(finished, default=None)
+    if step is None or step not in finished:
         wanted = "an export" if step is None else f"the export of step {step}"
+        steps = ", ".join(map(str, sorted(finished))) or "none"
         raise ConfigError(
-            f"export_uri={args.export_uri} has not {wanted}; finished are: {', '.join(map(str, finished)) or 'none'}. "
-            "Train or export first, or name another step."
+            f"{args.export_uri} does not hold {wanted}; finished steps there: {steps}. Train or export first, or name "
+            "another step."
         )
-    uri = folders[step]
-    provenance = read_provenance(uri)
-    return ServeSpec(
-        model_uri=uri,
-        model_name=args.model_name,
-        step=provenance.step,
-        digest=provenance.digest,
-        config=args.serve,
-        device="cuda" if args.serve.gpus_per_replica else "cpu",
-    )
+    return finished[step]

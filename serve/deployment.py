@@ -30,7 +30,7 @@ from serve.ingress import build_app, key_digest
 from serve.model_folder import read_model_folder
 from serve.spec import Endpoint, ServeSpec
 
-__all__ = ["APP_NAME", "HandlePort", "Ingress", "deploy", "engine_stats", "undeploy"]
+__all__ = ["APP_NAME", "HandlePort", "Ingress", "application", "deploy", "engine_stats", "undeploy"]
 
 _LOG = logging.getLogger(__name__)
 APP_NAME = "stormjib"
@@ -136,6 +136,16 @@ def deploy(spec: ServeSpec) -> Endpoint:
     url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
     _wait_ready(url)
     return Endpoint(url, spec.model_name, spec.fingerprint)
+
+
+def application(spec: ServeSpec) -> Any:
+    """The Serve application of a model, for whoever starts applications other than `deploy`; Ray need not run yet.
+
+    Raises:
+        ConfigError: the model folder cannot be served, or the key's variable is not set.
+    """
+    read_model_folder(spec.model_uri)
+    return _application(spec, _read_key(spec.config))
 
 
 def undeploy() -> None:

@@ -24,6 +24,7 @@ ROOT = ("cluster.cli", "cluster.__main__", "cluster.commands")
 
 HOMES = {
     "ray": (
+        "serve.app",
         "serve.deployment",
         "cluster.attempt",
         "cluster.data_actors",
@@ -40,11 +41,11 @@ HOMES = {
         "trainer.fragment_readers",
         "trainer.pipeline",
     ),
-    "pyarrow.flight": ("data_service.client", "data_service.server", "data_service.flight"),
+    "pyarrow.flight": ("data_service.client", "data_service.connections", "data_service.server"),
     "grpc": (
         "data_service.client",
+        "data_service.connections",
         "data_service.control",
-        "data_service.control_client",
         "data_service.control_pb2_grpc",
         "data_service.server",
     ),
