@@ -295,7 +295,8 @@ def prune(checkpoints_uri: str, keep: set[int]) -> list[int]:
     """Delete steps that are not kept, half-written ones among them.
 
     Never deletes the newest step with a manifest, nor anything newer than it, which may be a save under way. A manifest
-    goes first, so that a prune cut short leaves no checkpoint that only looks whole.
+    goes first, so that a prune cut short leaves no checkpoint that only looks whole. In steps that stay, parts of
+    attempts that were not committed are deleted too.
 
     Returns:
         The deleted steps.
@@ -307,7 +308,25 @@ def prune(checkpoints_uri: str, keep: set[int]) -> list[int]:
     for step in doomed:
         storage.remove_file(_manifest_uri(checkpoints_uri, step))
         storage.remove_tree(storage.join(checkpoints_uri, step_folder(step)))
+    for step in complete:
+        if step not in doomed:
+            _remove_other_attempts(checkpoints_uri, step)
     return doomed
+
+
+def _remove_other_attempts(checkpoints_uri: str, step: int) -> None:
+    step_uri = storage.join(checkpoints_uri, step_folder(step))
+    leftovers = [name for name in storage.list_names(step_uri) if name.startswith("attempt_")]
+    if len(leftovers) < 2:
+        return
+    try:
+        committed = read_manifest(checkpoints_uri, step).attempt
+    except CheckpointError as error:
+        _LOG.warning("Step %d keeps all its attempts: %s", step, error)
+        return
+    for name in leftovers:
+        if name != f"attempt_{committed}":
+            storage.remove_tree(storage.join(step_uri, name))
 
 
 def _manifest_uri(checkpoints_uri: str, step: int) -> str:

@@ -140,7 +140,7 @@ class BatchLayout:
 
 
 def _auto_rows(rows: int, pp: int) -> int:
-    """Rows of a micro-batch for a rank that takes `rows`: in the upper half of what fits, with the fewest masked rows."""
+    """Rows of a micro-batch for a rank of `rows`: in the upper half of what fits, with the fewest masked rows."""
     wanted_micro_batches = 2 * pp if pp > 1 else 1
     most = min(AUTO_MICRO_BATCH_ROWS, max(1, rows // wanted_micro_batches))
     return min(range(most, most // 2, -1), key=lambda micro: -(-rows // micro) * micro)
