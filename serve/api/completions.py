@@ -26,6 +26,7 @@ __all__ = [
 
 MAX_PROMPTS = 64
 MAX_COMPLETIONS = 128
+_StopText = Annotated[str, Field(max_length=1024)]
 _TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -65,7 +66,7 @@ class CompletionRequest(_Strict):
     n: int | None = Field(1, ge=1, le=MAX_COMPLETIONS)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=4)] | None = None
+    stop: _StopText | Annotated[list[_StopText], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     suffix: str | None = None
