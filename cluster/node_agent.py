@@ -94,7 +94,7 @@ class NodeAgent:
         if self._host is None:
             import ray
 
-            self._host = str(ray.util.get_node_ip_address())
+            self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._device == "cuda" else ""
         gpu_ids = tuple(name for name in visible.split(",") if name)
         return AgentInfo(self._node_id, self._host, os.getpid(), self._slots, gpu_ids, len(self._standbys()))
@@ -195,7 +195,7 @@ class NodeAgent:
             await asyncio.wait(self._uploads, timeout=KILL_S)
         import ray.actor
 
-        ray.actor.exit_actor()
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
     def _standbys(self) -> list[RankChild]:
         return [child for child in self._children.values() if child.attempt == 0 and not child.killed]
