@@ -58,7 +58,7 @@ class Connections:
         self._access = access
         options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
         self._channels = [grpc.insecure_channel(address, options=options) for address in access.control]
-        self._stubs = [pb_grpc.DataControlStub(channel) for channel in self._channels]
+        self._stubs = [pb_grpc.DataControlStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._client_id = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._flights: dict[str, Any] = {}

