@@ -46,7 +46,7 @@ def preload(device: Literal["cpu", "cuda"]) -> None:
     """
     os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    for name in ("trainer.loop", *_LAZY_MODULES):
+    for name in ("data_service.client", "trainer.loop", *_LAZY_MODULES):
         importlib.import_module(name)
 
 

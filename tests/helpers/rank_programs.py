@@ -1,18 +1,26 @@
 """What ranks of the tests run, beside `trainer.worker.run` itself. DeepSpeed is imported in the ranks only."""
 
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from data_service.client import DataClient
 from tests.helpers.local_rows import LocalRows
 from tests.helpers.ranks import QueueHooks
+from trainer import worker
 from trainer.protocol import WorkerSpec
 
+if TYPE_CHECKING:
+    from trainer.loop import Rank
 
-def train_local(spec: WorkerSpec, hooks: QueueHooks) -> None:
-    """Train on rows made up in the rank."""
-    from trainer.worker import open_rank
 
-    rank = open_rank(spec, hooks, LocalRows(spec))
-    from trainer.loop import train
-
-    train(rank)
+def be_rank(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """What an agent's rank process runs."""
+    worker.run(spec, hooks)
 
 
 def train_and_compare_tied(spec: WorkerSpec, hooks: QueueHooks) -> dict[str, object]:
@@ -21,27 +29,60 @@ def train_and_compare_tied(spec: WorkerSpec, hooks: QueueHooks) -> dict[str, obj
     from torch import distributed as dist
 
     from trainer.loop import train
-    from trainer.worker import open_rank
 
-    rank = open_rank(spec, hooks, LocalRows(spec))
-    train(rank)
-    (tied,) = [one.parameter for one in rank.engine.parameters if one.name == "embedding.weight"]
-    as_bits = (
-        tied.detach().contiguous().view(torch.int32 if tied.dtype == torch.float32 else torch.int16).to(torch.int64)
-    )
-    everywhere = [torch.empty_like(as_bits) for _ in range(spec.world_size)]
-    dist.all_gather(everywhere, as_bits)
-    return {"equal": all(torch.equal(as_bits, other) for other in everywhere), "elements": as_bits.numel()}
+    with _opened(spec, hooks) as rank:
+        train(rank)
+        (tied,) = [one.parameter for one in rank.engine.parameters if one.name == "embedding.weight"]
+        kind = torch.int32 if tied.dtype == torch.float32 else torch.int16
+        bits = tied.detach().contiguous().view(kind).to(torch.int64)
+        everywhere = [torch.empty_like(bits) for _ in range(spec.world_size)]
+        dist.all_gather(everywhere, bits)
+        return {"equal": all(torch.equal(bits, other) for other in everywhere), "elements": bits.numel()}
 
 
 def load_and_save(spec: WorkerSpec, hooks: QueueHooks) -> None:
     """Load a checkpoint and write it elsewhere at once: to `target` of the specification's `config_json`."""
-    import json
-    from dataclasses import replace
-
     from trainer.loop import save
-    from trainer.worker import open_rank
 
-    rank = open_rank(spec, hooks, LocalRows(spec))
-    rank.spec = replace(spec, checkpoints_uri=json.loads(spec.config_json)["target"])
-    save(rank, None)
+    with _opened(spec, hooks) as rank:
+        rank.spec = replace(spec, checkpoints_uri=json.loads(spec.config_json)["target"])
+        save(rank, None)
+
+
+def train_on_made_up_rows(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Train without a service; the last stage of pipeline 0 is given another token in global batch 2."""
+    from trainer.loop import train
+
+    train(worker.open_rank(spec, hooks, LocalRows(spec, tamper=2 if spec.rank == spec.pp - 1 else None)))
+
+
+class _DieAt:
+    """Hooks that kill or freeze their own process when a step is done."""
+
+    def __init__(self, hooks: QueueHooks, step: int, how: int) -> None:
+        self._hooks, self._left, self._how = hooks, step, how
+        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+
+    def control(self) -> None:
+        if self._left == 0:
+            os.kill(os.getpid(), self._how)
+        self._left -= 1
+
+
+def rank_1_is_killed(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Rank 1 dies by SIGKILL before its fourth step."""
+    worker.run(spec, _DieAt(hooks, 3, signal.SIGKILL) if spec.rank == 1 else hooks)
+
+
+def rank_1_freezes(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Rank 1 stands still before its fourth step."""
+    worker.run(spec, _DieAt(hooks, 3, signal.SIGSTOP) if spec.rank == 1 else hooks)
+
+
+@contextlib.contextmanager
+def _opened(spec: WorkerSpec, hooks: QueueHooks) -> Iterator["Rank"]:
+    client = DataClient(spec.data)
+    try:
+        yield worker.open_rank(spec, hooks, client)
+    finally:
+        client.close()

@@ -1,7 +1,7 @@
 """Ranks as processes on this machine: all of an attempt, with a deadline; a hang is a failure.
 
-Ranks are forked from a server process that has imported torch and deepspeed, so that a mesh starts in well under a second
-of CPU time. What they report is collected as JSON, as a node agent would.
+Ranks are forked from a server process that has imported torch and deepspeed, so that a mesh starts in well under a
+second of CPU time. What they report is collected as JSON, as a node agent would.
 """
 
 import contextlib

@@ -2,19 +2,23 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from data_service.access import DataAccess
-from tests.helpers.rank_programs import train_local
-from tests.helpers.ranks import Outcome, RankServer, specs_of
+from tests.helpers.rank_programs import be_rank
+from tests.helpers.ranks import Outcome, Program, RankServer, specs_of
+from tests.helpers.row_service import row_service
 from trainer import manifest
 from trainer.config import ModelConfig, TrainConfig
 from trainer.manifest import Manifest
 from trainer.protocol import WorkerSpec
 
+SEQ_LEN = 32
+GLOBAL_BATCH = 8
+SEED = 7
 STEPS = 20
 HALF = 10
 
@@ -41,7 +45,7 @@ class Lab:
     folder: Path
     data: DataAccess
     vocab_size: int
-    program: object = train_local
+    program: Program = be_rank
     _references: dict[Case, Outcome] = field(default_factory=dict)
 
     def spec(self, case: Case, checkpoints: Path, resume_step: int | None = None, steps: int = STEPS) -> WorkerSpec:
@@ -56,8 +60,8 @@ class Lab:
             device="cpu",
             master_addr="127.0.0.1",
             master_port=0,
-            seed=7,
-            seq_len=32,
+            seed=SEED,
+            seq_len=SEQ_LEN,
             vocab_size=self.vocab_size,
             model=ModelConfig(d_model=32, num_layers=4, num_heads=4, num_kv_heads=2, tie_embeddings=case.tied),
             train=TrainConfig.model_validate(
@@ -65,7 +69,7 @@ class Lab:
                     "parallel": {"dp": case.dp, "pp": case.pp},
                     "zero": {"stage": case.zero},
                     "precision": case.precision,
-                    "global_batch": 8,
+                    "global_batch": GLOBAL_BATCH,
                     "steps": steps,
                     "optimizer": {"lr": 5e-3, "grad_clip": 0.5},
                     "schedule": {"name": "wsd", "warmup_steps": 4},
@@ -128,8 +132,5 @@ def copy_step(source: Path, target: Path, step: int) -> None:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("ranks")
     os.environ["OMP_NUM_THREADS"] = "1"
-    data = DataAccess(control=("local",), token="", run_ahead=2, read_stall_s=3.0, stalled_s=20.0)
-    yield Lab(RankServer(folder), folder, data, vocab_size=96)
-
-
-__all__ = ["HALF", "STEPS", "Case", "Lab", "commit_all", "copy_step", "replace"]
+    with row_service(folder, SEQ_LEN, GLOBAL_BATCH, SEED) as service:
+        yield Lab(RankServer(folder), folder, service.access, service.manifest.vocab_size)

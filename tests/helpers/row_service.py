@@ -1,0 +1,91 @@
+"""A real data service over a small corpus: prepared shards, a control plane and data workers in this process."""
+
+import contextlib
+import csv
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_service.access import DataAccess
+from data_service.config import DataConfig
+from data_service.control import ControlServer
+from data_service.prepare import prepare
+from data_service.rows import RowSource
+from data_service.server import DataWorker, RowSourceFactory
+from data_service.shards import DatasetManifest
+
+__all__ = ["RowService", "data_config", "row_service", "write_corpus"]
+
+TOKEN = "a-token-for-tests"
+
+_WHO = ("the keeper", "a sailor", "the old cook", "her brother", "the pilot")
+_DOES = ("mends", "watches", "paints", "carries", "forgets")
+_WHAT = ("the torn sail", "a red lantern", "the long rope", "two heavy crates", "the morning tide")
+_WHEN = ("before dawn", "after the storm", "in the quiet harbour", "when the wind turns")
+
+
+@dataclass(frozen=True)
+class RowService:
+    """What ranks need to know, and what tests may look at."""
+
+    access: DataAccess
+    manifest: DatasetManifest
+    dataset: Path
+
+
+def write_corpus(path: Path, num_documents: int = 600, seed: int = 0) -> None:
+    """A CSV of short texts with a grammar that a tiny model learns in a few steps."""
+    draw = random.Random(seed)
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["text"])
+        for number in range(num_documents):
+            lines = [
+                f"{draw.choice(_WHO)} {draw.choice(_DOES)} {draw.choice(_WHAT)} {draw.choice(_WHEN)}."
+                for _ in range(draw.randint(1, 4))
+            ]
+            writer.writerow([f"{number}: {' '.join(lines)}"])
+
+
+def data_config(corpus: Path, seq_len: int) -> DataConfig:
+    """The `data` section of the corpus, with shards small enough that there are several."""
+    return DataConfig.model_validate(
+        {
+            "sources": [{"path": str(corpus)}],
+            "tokenizer": {"train": {"vocab_size": 384}},
+            "seq_len": seq_len,
+            "split": {"eval": 0.05},
+            "shard_tokens": 4096,
+            "shuffle_window_shards": 2,
+        }
+    )
+
+
+@contextlib.contextmanager
+def row_service(
+    folder: Path,
+    seq_len: int,
+    global_batch: int,
+    seed: int,
+    sources: Sequence[RowSourceFactory] = (RowSource, RowSource),
+) -> Iterator[RowService]:
+    """Prepare (or find prepared) a corpus in `folder` and serve it with one worker for each row source."""
+    corpus, dataset = folder / "corpus.csv", folder / "dataset"
+    if not corpus.exists():
+        write_corpus(corpus)
+    config = data_config(corpus, seq_len)
+    manifest = prepare(config, str(dataset))
+    control = ControlServer(str(dataset), seed, config, global_batch, TOKEN)
+    address = control.start()
+    workers: list[DataWorker] = []
+    try:
+        for source in sources:
+            workers.append(DataWorker(str(dataset), address, TOKEN, row_source=source))
+            workers[-1].start()
+        access = DataAccess((address,), TOKEN, run_ahead=4, read_stall_s=3.0, stalled_s=20.0)
+        yield RowService(access, manifest, dataset)
+    finally:
+        for worker in workers:
+            worker.stop()
+        control.stop()
