@@ -4,6 +4,7 @@ Writing and reading know nothing of meshes or of ZeRO: a rank writes the fragmen
 needs from whatever partition they were written in. Only `trainer.manifest` decides that a checkpoint exists.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -17,10 +18,11 @@ from trainer.parts import (
     Slice,
     StoredRange,
     checksums,
+    group_slices,
     in_order,
     part_file,
     plan_slices,
-    read_slice,
+    read_slices,
     step_folder,
 )
 from trainer.safetensors_io import make_header
@@ -82,15 +84,23 @@ def load_ranges(checkpoints_uri: str, manifest: Manifest, wanted: Iterable[Range
     slices = _plan(manifest, wanted)
     step_uri = storage.join(checkpoints_uri, step_folder(manifest.step))
 
-    def read(part: Slice) -> Fragment:
-        data = torch.frombuffer(bytearray(read_slice(step_uri, part)), dtype=torch.float32)
-        return Fragment(part.wanted.name, part.wanted.kind, part.wanted.start, part.wanted.numel, data)
+    def read(group: list[Slice]) -> list[Fragment]:
+        return [
+            Fragment(
+                part.wanted.name,
+                part.wanted.kind,
+                part.wanted.start,
+                part.wanted.numel,
+                torch.frombuffer(bytearray(data), dtype=torch.float32),
+            )
+            for part, data in zip(group, read_slices(step_uri, group), strict=True)
+        ]
 
-    return in_order(read, slices)
+    return itertools.chain.from_iterable(in_order(read, group_slices(slices)))
 
 
 def _plan(manifest: Manifest, wanted: Iterable[Range]) -> list[Slice]:
-    """What to read, in the order of the files."""
+    """What to read."""
     stored_by_key: dict[tuple[str, str], list[tuple[str, StoredRange]]] = {}
     for part in manifest.parts:
         for stored in part.ranges:
@@ -109,4 +119,4 @@ def _plan(manifest: Manifest, wanted: Iterable[Range]) -> list[Slice]:
                 f"from {found.start}: it belongs to another model. Resume with the run's own configuration."
             )
         slices.extend(own)
-    return sorted(slices, key=lambda one: (one.file, one.stored.offset, one.first_chunk))
+    return slices

@@ -31,10 +31,11 @@ from trainer.parts import (
     PartReceipt,
     Slice,
     StoredRange,
+    group_slices,
     in_order,
     part_file,
     plan_slices,
-    read_slice,
+    read_slices,
     step_folder,
 )
 
@@ -251,7 +252,7 @@ def verify(checkpoints_uri: str, step: int, deep: bool = True) -> Manifest:
     if missing:
         raise CheckpointCorruptError(f"{step_uri}: {_some(missing)}. Use another step.")
     if deep:
-        for _ in in_order(lambda part: len(read_slice(step_uri, part)), _all_slices(manifest)):
+        for _ in in_order(lambda group: len(read_slices(step_uri, group)), group_slices(_all_slices(manifest))):
             pass
     return manifest
 

@@ -23,8 +23,9 @@ __all__ = [
     "checksums",
     "in_order",
     "part_file",
+    "group_slices",
     "plan_slices",
-    "read_slice",
+    "read_slices",
     "step_folder",
 ]
 
@@ -33,7 +34,11 @@ CHUNK_BYTES = 4 << 20
 
 _CHUNK_ELEMENTS = CHUNK_BYTES // BYTES_PER_ELEMENT
 _SLICE_CHUNKS = 4
-"""Most chunks that are read at once into one buffer."""
+"""Most chunks of a slice."""
+_READ_BYTES = _SLICE_CHUNKS * CHUNK_BYTES
+"""Most bytes that are read at once into one buffer."""
+_GAP_BYTES = 256 << 10
+"""Bytes between two slices that are cheaper to read than to skip with another request to an object store."""
 _READERS = 4
 """Buffers in flight."""
 
@@ -84,6 +89,17 @@ class Slice:
     num_chunks: int
     wanted: Range
 
+    @property
+    def begin(self) -> int:
+        """First byte in the file."""
+        return self.stored.offset + self.first_chunk * CHUNK_BYTES
+
+    @property
+    def end(self) -> int:
+        """One past the last byte in the file."""
+        last = (self.first_chunk + self.num_chunks) * CHUNK_BYTES
+        return self.stored.offset + min(last, self.stored.numel * BYTES_PER_ELEMENT)
+
 
 def step_folder(step: int) -> str:
     """Name of a step's folder: `step_00000400`."""
@@ -114,28 +130,45 @@ def plan_slices(file: str, stored: StoredRange, wanted: Range) -> Iterator[Slice
         yield Slice(file, stored, chunk, num_chunks, Range(stored.name, stored.kind, start, stop - start))
 
 
-def read_slice(step_uri: str, part: Slice) -> memoryview:
-    """The wanted bytes of a slice; all chunks that it touches are verified.
+def group_slices(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
+    """Slices that lie close together in one file, to be read at once; sorted by file and place."""
+    group: list[Slice] = []
+    for part in sorted(slices, key=lambda one: (one.file, one.begin)):
+        near = group and part.file == group[-1].file and part.begin - group[-1].end <= _GAP_BYTES
+        if group and not (near and part.end - group[0].begin <= _READ_BYTES):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def read_slices(step_uri: str, group: list[Slice]) -> list[memoryview]:
+    """The wanted bytes of each slice of a group, by one read; all chunks that they touch are verified.
 
     Raises:
         CheckpointCorruptError: the file is gone or too short, or a checksum differs.
     """
-    stored = part.stored
-    begin = part.first_chunk * CHUNK_BYTES
-    length = min(part.num_chunks * CHUNK_BYTES, stored.numel * BYTES_PER_ELEMENT - begin)
-    uri = storage.join(step_uri, part.file)
+    uri = storage.join(step_uri, group[0].file)
+    begin, end = group[0].begin, max(part.end for part in group)
     try:
-        data = memoryview(storage.read_range(uri, stored.offset + begin, length))
+        data = memoryview(storage.read_range(uri, begin, end - begin))
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{uri} is gone, but its manifest names it. Resume from another step.") from error
+    return [_verified(uri, part, data[part.begin - begin : part.end - begin]) for part in group]
+
+
+def _verified(uri: str, part: Slice, data: memoryview) -> memoryview:
+    """The wanted bytes out of a slice's chunks."""
+    stored = part.stored
     expected = stored.crcs[part.first_chunk : part.first_chunk + part.num_chunks]
-    if len(data) != length or checksums(data) != expected:
+    if len(data) != part.end - part.begin or checksums(data) != expected:
         raise CheckpointCorruptError(
             f"{uri}: {stored.kind} of {stored.name} from element {stored.start} does not match its checksum "
-            f"({len(data)} of {length} bytes read at {stored.offset + begin}). Resume from another step."
+            f"({len(data)} of {part.end - part.begin} bytes read at {part.begin}). Resume from another step."
         )
-    skipped = (part.wanted.start - stored.start) * BYTES_PER_ELEMENT - begin
-    return data[skipped : skipped + part.wanted.numel * BYTES_PER_ELEMENT]
+    first = (part.wanted.start - stored.start) * BYTES_PER_ELEMENT - part.first_chunk * CHUNK_BYTES
+    return data[first : first + part.wanted.numel * BYTES_PER_ELEMENT]
 
 
 def in_order(action: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
