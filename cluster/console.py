@@ -34,7 +34,11 @@ class RunConsole:
         """The preparation of the data has come this far; said at most every few seconds."""
         if time.monotonic() - self._printed >= _PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            self.say(f"preparing: {progress}")
+            rejected = f", {progress.num_rejects:,} rejected" * bool(progress.num_rejects)
+            self.say(
+                f"preparing the data: {progress.stage} {progress.done}/{progress.total}, "
+                f"{progress.num_records:,} records{rejected}"
+            )
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:
         """One optimizer step was done."""

@@ -6,7 +6,7 @@ A node that was lost is never used again by this controller, whatever Ray still 
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -17,9 +17,9 @@ from cluster.agent_events import AgentInfo
 from cluster.config import RunConfig
 from cluster.console import RunConsole
 from cluster.events import Event
-from cluster.node_agent import start_agent
-from cluster.placement import NodeView, Placement, place
-from cluster.ray_session import Session
+from cluster.node_agent import LeaseKeeper, start_agent
+from cluster.placement import Placement, place, share_slots
+from cluster.ray_session import NodeView, Session
 from cluster.run_store import RunWriter
 from data_service import storage
 from data_service.errors import ConfigError
@@ -51,6 +51,7 @@ class NodePool:
         self._agents: dict[str, Any] = {}
         self._infos: dict[str, AgentInfo] = {}
         self._lost: set[str] = set()
+        self._lease: LeaseKeeper | None = None
         self.interface: str | None = "lo" if session.is_local else None
 
     def __enter__(self) -> Self:
@@ -61,6 +62,8 @@ class NodePool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """End the agents and all their ranks."""
+        if self._lease is not None:
+            self._lease.stop()
         refs = [agent.shutdown.remote() for agent in self._agents.values()]
         if refs and ray.is_initialized():
             ray.wait(refs, num_returns=len(refs), timeout=5.0)
@@ -78,6 +81,7 @@ class NodePool:
             ConfigError: a node cannot read `run.storage`.
         """
         self._start_agents()
+        self._lease = LeaseKeeper(self.agents, self._config.cluster.lease_s)
         self._check_storage()
         pids = self._session.pids()
         fields = [
@@ -106,8 +110,8 @@ class NodePool:
         return next(node.node_id for node in self._session.nodes() if node.is_head)
 
     def names(self) -> dict[str, str]:
-        """Short names of all nodes."""
-        return {node: node[:8] for node in self._infos}
+        """Node id to a short name for people."""
+        return self._session.names()
 
     def forget(self, node: str) -> None:
         """A node was lost."""
@@ -140,8 +144,8 @@ class NodePool:
         deadline = time.monotonic() + (0.0 if self._session.is_local else cluster.wait_s)
         told = False
         while True:
-            nodes = [replace(node, slots=self._infos[node.node_id].slots) for node in self.nodes()]
-            found = place(nodes, dp, pp, min_dp=self._fewest(dp, pp))
+            slots = {node: info.slots for node, info in self._infos.items()}
+            found = place(slots, dp, pp, at_least=self._fewest(dp, pp))
             if isinstance(found, Placement):
                 return found
             if time.monotonic() >= deadline:
@@ -159,16 +163,23 @@ class NodePool:
             return max(1, cluster.min_nodes * cluster.node.slots // pp)
         return dp
 
+    def _is_new(self, node: str) -> bool:
+        return node not in self._agents and node not in self._lost
+
+    def _mesh_slots(self) -> int:
+        """Slots of the mesh that was asked for; one pipeline where dp is auto."""
+        parallel = self._config.train.parallel
+        return parallel.pp * (1 if parallel.dp == "auto" else parallel.dp)
+
     def _start_agents(self) -> None:
         cluster = self._config.cluster
         run_id = f"{self._config.run.name}-{uuid.uuid4().hex[:8]}"
-        wanted = {}
-        for node in self._session.nodes():
-            if node.alive and node.slots > 0 and node.node_id not in self._agents and node.node_id not in self._lost:
-                taken = sum(info.slots for info in self._infos.values()) + sum(wanted.values())
-                slots = min(node.slots, cluster.total_slots - taken)
-                if slots > 0:
-                    wanted[node.node_id] = slots
+        wanted = share_slots(
+            {node.node_id: node.slots for node in self._session.nodes() if node.alive and self._is_new(node.node_id)},
+            taken=sum(info.slots for info in self._infos.values()),
+            config=cluster,
+            mesh_slots=self._mesh_slots(),
+        )
         for node_id, slots in wanted.items():
             self._agents[node_id] = start_agent(
                 node_id,

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.sections import ClusterConfig
 from trainer.topology import Mesh
 
-__all__ = ["NoPlacement", "Placement", "RankSlot", "place"]
+__all__ = ["NoPlacement", "Placement", "RankSlot", "place", "share_slots"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +109,31 @@ def place(
         for _ in range(min(free[fullest], pp - len(ranks) % pp)):
             take(fullest)
     return Placement(Mesh(degree, pp), tuple(ranks))
+
+
+def share_slots(capacity: Mapping[str, int], *, taken: int, config: ClusterConfig, mesh_slots: int) -> dict[str, int]:
+    """How many slots a run takes on each new node.
+
+    A node gives `cluster.node.slots` at most, so that a lost node costs no more than the user planned for. Only where
+    the mesh would not fit that way (a cluster of one large machine) do nodes give more, in the order given.
+
+    Args:
+        capacity: node id to the slots its CPUs and GPUs allow.
+        taken: slots the run holds already on other nodes.
+        config: the `cluster` section.
+        mesh_slots: slots of the mesh that was asked for.
+
+    Returns:
+        Node id to slots; nodes that give none are left out.
+    """
+    left = config.total_slots - taken
+    shares: dict[str, int] = {}
+    for node, slots in capacity.items():
+        shares[node] = max(0, min(slots, config.node.slots, left))
+        left -= shares[node]
+    missing = mesh_slots - taken - sum(shares.values())
+    for node, slots in capacity.items():
+        more = max(0, min(slots - shares[node], missing))
+        shares[node] += more
+        missing -= more
+    return {node: slots for node, slots in shares.items() if slots}

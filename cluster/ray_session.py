@@ -20,10 +20,14 @@ from cluster.sections import ClusterConfig
 from data_service.errors import ConfigError
 from serve.config import ServeConfig
 
-__all__ = ["NAMESPACE", "NodeView", "Session", "open_session"]
+__all__ = ["NAMESPACE", "RANKS_ROLE", "ROLE_LABEL", "NodeView", "Session", "open_session"]
 
 NAMESPACE = "stormjib"
 """Ray namespace of everything the product names."""
+ROLE_LABEL = "stormjib/role"
+"""Node label of what a node is for; rendered Kubernetes groups carry it."""
+RANKS_ROLE = "ranks"
+"""The role of nodes that hold ranks; a node with another role holds none."""
 
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the entrypoint of a submitted Ray job (Ray 2.60, dashboard/modules/job/job_supervisor.py)."""
@@ -68,7 +72,7 @@ class Session:
         """All nodes Ray knows, dead ones too; local ones in the order of their start, others by address and id.
 
         A node of a local session holds the slots it was started with, the head none. Elsewhere a node holds as many
-        slots as its CPUs and GPUs allow, at most `cluster.node.slots`; a head with CPUs counts like any other.
+        slots as its resource `stormjib_slot` says, or else as its CPUs and GPUs allow; a head with CPUs counts like any other.
         """
         views = [self._view(record) for record in ray.nodes()]  # type: ignore[no-untyped-call]
         return sorted(views, key=lambda view: (_host_key(view.host), view.node_id))
@@ -96,18 +100,22 @@ class Session:
             node_id=str(record["NodeID"]),
             host=str(record["NodeManagerAddress"]),
             alive=bool(record["Alive"]),
-            slots=self._slots(resources),
+            slots=self._slots(resources, labels),
             is_head="node:__internal_head__" in resources,
             labels={str(key): str(value) for key, value in labels.items()},
         )
 
-    def _slots(self, resources: Mapping[str, float]) -> int:
+    def _slots(self, resources: Mapping[str, float], labels: Mapping[str, str]) -> int:
         if self.local is not None:
             return 0 if HEAD_RESOURCE in resources else int(resources.get(SLOT_RESOURCE, 0))
+        if SLOT_RESOURCE in resources:
+            return int(resources[SLOT_RESOURCE])
+        if labels.get(ROLE_LABEL, RANKS_ROLE) != RANKS_ROLE:
+            return 0
         node = self.cluster.node
         by_cpu = int(resources.get("CPU", 0) / node.cpus_per_slot + 1e-6)
         by_gpu = int(resources.get("GPU", 0)) if node.gpus else by_cpu
-        return min(node.slots, by_cpu, by_gpu)
+        return min(by_cpu, by_gpu)
 
 
 @contextmanager

@@ -51,5 +51,5 @@ class StopSignal:
             raise KeyboardInterrupt
         self._asked = True
         self._announce(
-            f"{signal.Signals(number).name}: a checkpoint is written and the run ends at the next step; again ends it now"
+            f"{signal.Signals(number).name}: the run ends after a checkpoint at the next step; once more ends it now"
         )

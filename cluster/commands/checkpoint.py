@@ -41,7 +41,8 @@ def execute(arguments: argparse.Namespace) -> int:
         return 0
     for row in rows:
         loss = f"held-out loss {row['eval_loss']:.4f}" if row["eval_loss"] is not None else "not evaluated"
-        print(f"step {row['step']:>8}  dp {row['dp']} x pp {row['pp']}  {row['bytes'] / 2**20:,.1f} MiB  {loss}")
+        size = f"{int(row['bytes'] or 0) / 2**20:,.1f} MiB"
+        print(f"step {row['step']:>8}  dp {row['dp']} x pp {row['pp']}  {size}  {loss}")
     if not rows:
         print(f"{folder.checkpoints_uri}: no committed checkpoint")
     return 0

@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Print the ends of the logs."""
     folder = RunFolder(config_of(arguments).root)
-    attempts = storage.list_names(folder.logs_uri)
+    attempts = sorted(storage.list_names(folder.logs_uri), key=lambda name: int(name.rpartition("_")[2]))
     if not attempts:
         raise ConfigError(f"{folder.logs_uri}: no logs. Has the run started its ranks?")
-    wanted = attempts[-1] if arguments.attempt is None else f"attempt_{arguments.attempt:06d}"
+    wanted = attempts[-1] if arguments.attempt is None else f"attempt_{arguments.attempt}"
     names = [
         name
         for name in storage.list_names(f"{folder.logs_uri}/{wanted}")
