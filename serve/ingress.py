@@ -11,7 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -42,6 +42,7 @@ __all__ = ["MAX_BODY_BYTES", "EnginePort", "build_app", "key_digest"]
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 * 2**20
 _DEFAULT_MAX_TOKENS = 16
+_ResultT = TypeVar("_ResultT")
 
 
 class EnginePort(Protocol):
@@ -155,12 +156,12 @@ class _Api:
         )
 
     async def _events(
-        self, order: EngineRequest, writer: AnswerWriter, first: list[Delta], rest: AsyncGenerator[list[Delta]]
+        self, order: EngineRequest, writer: AnswerWriter, first: list[Delta] | None, rest: AsyncGenerator[list[Delta]]
     ) -> AsyncGenerator[bytes]:
         """Server-sent events; a failure after the first is an event of its own, and then no [DONE] follows."""
         try:
             deltas = first
-            while deltas:
+            while deltas is not None:
                 events = [
                     _event(self._answer(order, [choice], None).model_dump_json(exclude={"usage"}))
                     for choice in writer.chunks(deltas)
@@ -242,11 +243,12 @@ class _Api:
         return params
 
 
-async def _next(pieces: AsyncGenerator[list[Delta]]) -> list[Delta]:
-    return await anext(pieces, [])
+async def _next(pieces: AsyncGenerator[list[Delta]]) -> list[Delta] | None:
+    """The next piece, or None after the last."""
+    return await anext(pieces, None)
 
 
-async def _while_connected(request: Request, work: Coroutine[None, None, list[Delta]]) -> list[Delta]:
+async def _while_connected(request: Request, work: Coroutine[None, None, _ResultT]) -> _ResultT:
     """Await `work`; a client that hangs up cancels it."""
     task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(request))

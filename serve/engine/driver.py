@@ -87,7 +87,7 @@ class EngineDriver:
         return self._core.stats()
 
     async def generate(self, request: EngineRequest, interval_s: float | None = 0.02) -> AsyncGenerator[list[Delta]]:
-        """Complete a request; each item holds at most one delta per completion.
+        """Complete a request; each item holds one delta of each completion that gained something.
 
         Closing the iterator early, or cancelling the task, aborts the request.
 
@@ -109,7 +109,8 @@ class EngineDriver:
                     raise box.error
                 deltas, box.pending = list(box.pending.values()), {}
                 box.open_completions -= sum(delta.finish_reason is not None for delta in deltas)
-                yield deltas
+                if deltas:  # a timer may go off after its deltas left with an earlier item
+                    yield deltas
         finally:
             if box.timer is not None:
                 box.timer.cancel()

@@ -71,11 +71,20 @@ def wait_idle(deadline_s: float = 20.0) -> EngineStats:
 
 def greedy(client: openai.OpenAI, prompt: str, max_tokens: int) -> str:
     """The streamed text."""
-    chunks = client.completions.create(
-        model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    chunks = list(
+        client.completions.create(
+            model="tiny",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
     )
-    pieces = [chunk.choices[0].text for chunk in chunks]
-    return "".join(pieces)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == max_tokens
+    return "".join(chunk.choices[0].text for chunk in chunks[:-1])
 
 
 def test_openai_client_completes_and_streams(running: Running) -> None:

@@ -213,6 +213,23 @@ def test_driver_streams_gathers_and_refuses(folder: str) -> None:
     asyncio.run(asyncio.wait_for(scene(), 60))
 
 
+def test_a_late_timer_does_not_end_or_empty_a_stream(folder: str) -> None:
+    async def scene() -> None:
+        driver = EngineDriver(engine(folder))
+        driver.stop()  # deltas are handed in below, at known moments
+        stream = driver.generate(EngineRequest("a", ((1,),), 1, GREEDY), interval_s=0.01)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        driver._deliver([("a", Delta(0, "x", [1], [], [], None))])
+        driver._deliver([("a", Delta(0, "y", [2], [], [], None))])  # sets a timer, and leaves with the first
+        assert [delta.text for delta in await first] == ["xy"]
+        end = [("a", Delta(0, "z", [3], [], [], "length"))]
+        asyncio.get_running_loop().call_later(0.05, driver._deliver, end)
+        assert [[delta.text for delta in item] async for item in stream] == [["z"]]
+
+    asyncio.run(asyncio.wait_for(scene(), 60))
+
+
 def test_abandoned_stream_frees_its_blocks(folder: str) -> None:
     async def scene() -> None:
         driver = EngineDriver(engine(folder))
