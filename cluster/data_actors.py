@@ -65,7 +65,7 @@ class _WorkerActor:
         """Answer."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Served:
     """One actor of the service."""
 
@@ -148,11 +148,10 @@ class DataServiceHandle:
         return self._access(control)
 
     def describe(self) -> list[dict[str, str]]:
-        """Node and address of each worker that serves."""
-        return [
-            {"node_id": worker.node_id, "address": str(ray.get(worker.started, timeout=PING_S))}
-            for worker in self._answering(self._workers)
-        ]
+        """Node and address of each worker that has started."""
+        by_ref = {worker.started: worker for worker in self._workers}
+        ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0.0) if by_ref else ([], [])
+        return [{"node_id": by_ref[ref].node_id, "address": self._address(by_ref[ref])} for ref in ready]
 
     def stop(self) -> None:
         """End all actors of the service. May be called again."""
@@ -230,7 +229,7 @@ class DataServiceHandle:
 
 
 def _start(kind: type, node_id: str, arguments: tuple[Any, ...]) -> _Served:
-    actor = (
+    actor: Any = (
         ray.remote(kind)
         .options(
             num_cpus=0,
