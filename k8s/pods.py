@@ -12,7 +12,7 @@ from k8s.policies import container_security, part_labels, pod_security
 
 __all__ = [
     "CONFIG_FOLDER",
-    "DATA_RESOURCE",
+    "ROLE_LABEL",
     "SLOT_RESOURCE",
     "data_group",
     "engine_group",
@@ -27,8 +27,8 @@ CONFIG_FOLDER = "/etc/stormjib"
 """Where the ConfigMap with `run.yaml` is mounted."""
 SLOT_RESOURCE = "stormjib_slot"
 """Ray resource of which a node offers one for each rank it can hold."""
-DATA_RESOURCE = "stormjib_data"
-"""Ray resource that marks the nodes of the CPU group."""
+ROLE_LABEL = "stormjib/role"
+"""Ray node label (and pod label) of what a group is for: `ranks`, `data` or `engines`."""
 
 _SPOT_PRIORITY, _ON_DEMAND_PRIORITY = 10, 0
 _SCRATCH_PATH = "/tmp"
@@ -77,10 +77,10 @@ def training_groups(config: RunConfig) -> list[Document]:
     if spot_nodes:
         container = _ray_container("ray-worker", config, "train", cpus, memory_bytes, node.gpus)
         template = _template(config, "train", container, spot=True, gpus=node.gpus)
-        groups.append(_group("spot-workers", template, 0, spot_nodes, resources, "spot", config))
+        groups.append(_group("spot-workers", template, 0, spot_nodes, resources, "spot", "ranks", config))
     container = _ray_container("ray-worker", config, "train", cpus, memory_bytes, node.gpus)
     template = _template(config, "train", container, spot=False, gpus=node.gpus)
-    groups.append(_group("on-demand-workers", template, floor, nodes, resources, "on-demand", config))
+    groups.append(_group("on-demand-workers", template, floor, nodes, resources, "on-demand", "ranks", config))
     return groups
 
 
@@ -88,10 +88,10 @@ def data_group(config: RunConfig) -> Document:
     """The CPU group of the data service and of the preparation tasks; it offers no slots."""
     size = config.k8s.data
     container = _ray_container("ray-worker", config, "train", size.cpus, size.memory_bytes, gpus=0)
-    resources = {"CPU": str(size.cpus), DATA_RESOURCE: "1"}
+    resources = {"CPU": str(size.cpus)}
     count = config.k8s.data_nodes
     template = _template(config, "train", container, spot=False, gpus=0)
-    return _group("data", template, count, count, resources, "on-demand", config)
+    return _group("data", template, count, count, resources, "on-demand", "data", config)
 
 
 def engine_group(config: RunConfig) -> Document:
@@ -110,7 +110,8 @@ def engine_group(config: RunConfig) -> Document:
     ]
     resources = {"CPU": str(cpus)} | ({"GPU": str(gpus)} if gpus else {})
     template = _template(config, "serve", container, spot=False, gpus=gpus)
-    return _group("engines", template, serve.replicas.min, serve.replicas.max, resources, "on-demand", config)
+    bounds = serve.replicas
+    return _group("engines", template, bounds.min, bounds.max, resources, "on-demand", "engines", config)
 
 
 def submitter_template(config: RunConfig) -> Document:
@@ -155,6 +156,7 @@ def _group(
     most: int,
     resources: dict[str, str],
     market: str,
+    role: str,
     config: RunConfig,
 ) -> Document:
     return {
@@ -164,7 +166,7 @@ def _group(
         "maxReplicas": most,
         "idleTimeoutSeconds": _IDLE_TIMEOUT_S,
         "priority": _SPOT_PRIORITY if market == "spot" else _ON_DEMAND_PRIORITY,
-        "labels": {"ray.io/market-type": market},
+        "labels": {"ray.io/market-type": market, ROLE_LABEL: role},
         "resources": resources,
         "rayStartParams": {"object-store-memory": str(config.cluster.object_store_bytes)},
         "template": template,

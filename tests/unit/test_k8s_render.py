@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+import cluster.local_nodes
+import cluster.ray_session
 from cluster.config import RunConfig, load_config
+from cluster.ray_session import Session
 from data_service.errors import ConfigError
+from k8s.pods import ROLE_LABEL, SLOT_RESOURCE
 from k8s.policies import RUN_AS_USER
 from k8s.render import render, to_yaml
 from k8s.validate import load_documents
@@ -23,7 +27,6 @@ from tests.helpers.k8s_run import CLAIM, OBJECT_STORE, REPOSITORY, example
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "k8s"
 PROFILES = {"object-store": OBJECT_STORE, "claim": CLAIM}
-POD_FIELDS = ("headGroupSpec", "workerGroupSpecs", "submitterPodTemplate")
 
 
 def elided(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -34,9 +37,9 @@ def elided(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
             document["data"]["run.yaml"] = "(the resolved configuration)"
         document["metadata"].get("annotations", {}).pop("stormjib/config-digest", None)
         spec = document.get("spec", {})
-        for cluster in (spec.get("rayClusterSpec"), spec.get("rayClusterConfig")):
-            if cluster is not None:
-                cluster["rayVersion"] = "(the version of Ray)"
+        for ray_cluster in (spec.get("rayClusterSpec"), spec.get("rayClusterConfig")):
+            if ray_cluster is not None:
+                ray_cluster["rayVersion"] = "(the version of Ray)"
         if "serveConfigV2" in spec:
             serve = yaml.safe_load(spec["serveConfigV2"])
             serve["applications"][0]["args"]["serve"] = "(the serve section)"
@@ -54,10 +57,10 @@ def pods(documents: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]
         spec = document.get("spec", {})
         if "submitterPodTemplate" in spec:
             yield "submitter", spec["submitterPodTemplate"]
-        cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
-        if cluster is not None:
-            yield "head", cluster["headGroupSpec"]["template"]
-            for group in cluster["workerGroupSpecs"]:
+        ray_cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
+        if ray_cluster is not None:
+            yield "head", ray_cluster["headGroupSpec"]["template"]
+            for group in ray_cluster["workerGroupSpecs"]:
                 yield group["groupName"], group["template"]
 
 
@@ -67,9 +70,9 @@ def container_securities(documents: list[dict[str, Any]]) -> Iterator[dict[str, 
             yield container["securityContext"]
     for document in documents:
         spec = document.get("spec", {})
-        cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
-        if cluster is not None:
-            yield cluster["autoscalerOptions"]["securityContext"]
+        ray_cluster = spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
+        if ray_cluster is not None:
+            yield ray_cluster["autoscalerOptions"]["securityContext"]
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -172,6 +175,26 @@ def test_spot_comes_first_above_the_floor_of_an_elastic_run() -> None:
     assert spot["resources"] == on_demand["resources"] == {"CPU": "2", "stormjib_slot": "2"}
     assert spot["template"]["spec"]["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert "stormjib_slot" not in groups["data"]["resources"]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_ray_nodes_of_the_groups_hold_the_slots_of_the_run(profile: str) -> None:
+    config = example(*PROFILES[profile])
+    session = Session(config.cluster, "head:6379", True, None)
+    spec = of_kind(render(config), "RayJob")["spec"]["rayClusterSpec"]
+    slots = {}
+    for group in spec["workerGroupSpecs"]:
+        record = {
+            "NodeID": "f00",
+            "NodeManagerAddress": "10.0.0.1",
+            "Alive": True,
+            "Resources": {key: float(value) for key, value in group["resources"].items()},
+            "Labels": group["labels"],
+        }
+        slots[group["groupName"]] = session._view(record).slots
+    assert slots.pop("data") == 0
+    assert set(slots.values()) == {config.cluster.node.slots}
+    assert (SLOT_RESOURCE, ROLE_LABEL) == (cluster.local_nodes.SLOT_RESOURCE, cluster.ray_session.ROLE_LABEL)
 
 
 def test_a_run_that_is_not_elastic_has_all_nodes_on_demand_and_gpus_where_asked() -> None:
