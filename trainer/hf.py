@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_service import storage
 from data_service.errors import ConfigError
+from trainer.errors import CheckpointCorruptError
 from trainer.model import Transformer, TransformerConfig, parameter_shapes
 from trainer.safetensors_io import MAX_HEADER_BYTES, PREFIX_BYTES, TensorEntry, make_header, parse_header
 
@@ -175,9 +176,15 @@ class FolderWeights(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one parameter in the dtype it is stored in."""
+        """Read one parameter in the dtype it is stored in.
+
+        Raises:
+            CheckpointCorruptError: the file is shorter than its header says.
+        """
         uri, entry = self._entries[name]
         data = bytearray(storage.read_range(uri, entry.offset, entry.num_bytes))
+        if len(data) != entry.num_bytes:
+            raise CheckpointCorruptError(f"{uri} ends inside of {entry.name}. Fetch or export it again.")
         return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -236,6 +243,7 @@ def _refuse_unsupported(uri: str, found: Any) -> None:
         ("attention_bias", bool(found.get("attention_bias", False)), False),
         ("mlp_bias", bool(found.get("mlp_bias", False)), False),
         ("rope_type (rope_scaling)", rope_type, "default"),
+        ("rope_interleaved", bool(found.get("rope_interleaved", False)), False),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0)), 1.0),
     ):
         if value != plain:
@@ -301,9 +309,15 @@ def _weight_files(folder: str) -> list[str]:
     """URIs of the folder's safetensors files."""
     try:
         index = json.loads(storage.read_bytes(storage.join(folder, _INDEX)))
-        return [storage.join(folder, name) for name in sorted(set(index["weight_map"].values()))]
+        names = sorted({str(name) for name in index["weight_map"].values()})
     except FileNotFoundError:
-        pass
+        names = []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder}: {_INDEX} does not name its files: {error!r}. Fetch the folder again.") from error
+    if any("/" in name for name in names):
+        raise ConfigError(f"{folder}: {_INDEX} names files outside of the folder. Do not use it.")
+    if names:
+        return [storage.join(folder, name) for name in names]
     uri = storage.join(folder, _WEIGHTS)
     if not storage.exists(uri):
         raise ConfigError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_service.errors import ConfigError
+from data_service.errors import ConfigError, StormjibError
 from trainer.config import ModelConfig
 from trainer.hf import build_from_hf, load_hf, read_config, save_hf
 from trainer.initialise import initialise
@@ -205,3 +205,26 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps(good | change))
         with pytest.raises(ConfigError, match=named):
             load_hf(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": "../elsewhere.safetensors"}}'])
+def test_garbled_weight_index_is_refused(text: str, tmp_path: Path) -> None:
+    config = VARIANTS["tied"]
+    save_hf(str(tmp_path / "out"), config, _model(config).named_parameters(), None)
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match="index"):
+        load_hf(str(tmp_path / "out"))
+
+
+def test_garbled_weight_file_is_refused(tmp_path: Path) -> None:
+    config = VARIANTS["tied"]
+    save_hf(str(tmp_path / "out"), config, _model(config).named_parameters(), None)
+    file = tmp_path / "out" / "model.safetensors"
+    good = file.read_bytes()
+    for data in (b"", b"\xff" * 16, (5).to_bytes(8, "little") + b"hello", good.replace(b"[211,48]", b"[212,48]")):
+        file.write_bytes(data)
+        with pytest.raises(StormjibError, match=r"model\.safetensors"):
+            load_hf(str(tmp_path / "out"))
+    file.write_bytes(good[:-4])
+    with pytest.raises(StormjibError, match=r"model\.safetensors"):
+        build_from_hf(str(tmp_path / "out"), "cpu", torch.float32)

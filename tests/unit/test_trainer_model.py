@@ -177,3 +177,23 @@ def test_importing_the_manifest_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_model_first_used_for_inference_can_be_trained() -> None:
+    config = replace(CONFIG, rope_theta=12345.0)  # a rotary table that no other test has made
+    model = _filled(config)
+    with torch.inference_mode():
+        model(_tokens(config))
+    model(_tokens(config)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_bf16_stays_near_fp32() -> None:
+    config = replace(CONFIG, init_std=0.1)
+    exact = _filled(config)
+    rounded = Transformer(config).to(torch.bfloat16)
+    initialise(rounded.named_parameters(), 7, config)
+    tokens = _tokens(config)
+    with torch.no_grad():
+        difference = (exact(tokens) - rounded(tokens).float()).abs().max() / exact(tokens).abs().max()
+    assert difference < 0.03
