@@ -72,6 +72,8 @@ class Outcome:
     reports: dict[int, list[Report]] = field(default_factory=dict)
     returned: dict[int, Any] = field(default_factory=dict)
     wall_s: float = 0.0
+    logs: list[Path] = field(default_factory=list)
+    """What each rank wrote to its standard output and error."""
 
     def _all(self, kind: type) -> list[Any]:
         return [report for reports in self.reports.values() for report in reports if isinstance(report, kind)]
@@ -154,7 +156,7 @@ class RankServer:
             child = self._context.Process(target=_be_rank, args=(program, spec.to_json(), sent, str(log), stop))
             child.start()
             children.append(child)
-        outcome, failures = Outcome(), dict[int, str]()
+        outcome, failures = Outcome(logs=logs), dict[int, str]()
         waiting = {spec.rank for spec in specs}
         try:
             while waiting and not failures:
