@@ -72,7 +72,8 @@ class Session:
         """All nodes Ray knows, dead ones too; local ones in the order of their start, others by address and id.
 
         A node of a local session holds the slots it was started with, the head none. Elsewhere a node holds as many
-        slots as its resource `stormjib_slot` says, or else as its CPUs and GPUs allow; a head with CPUs counts like any other.
+        slots as its resource `stormjib_slot` says, none where its role is another, or else as many as its CPUs and
+        GPUs allow; a head with CPUs counts like any other.
         """
         views = [self._view(record) for record in ray.nodes()]  # type: ignore[no-untyped-call]
         return sorted(views, key=lambda view: (_host_key(view.host), view.node_id))
