@@ -15,6 +15,7 @@ from typing import Any
 import ray
 
 from cluster.local_nodes import HEAD_RESOURCE, SLOT_RESOURCE, LocalCluster
+from cluster.node_request import requested_nodes
 from cluster.ray_auth import shown_token
 from cluster.sections import ClusterConfig
 from data_service.errors import ConfigError
@@ -145,7 +146,7 @@ def open_session(
             )
     elif cluster.address == "auto":
         if in_job or given not in ("", "local"):
-            with _connected(given or "auto", None) as address:
+            with _connected(given or "auto", None) as address, _joined_nodes(cluster, with_nodes):
                 yield Session(cluster, address, in_job, None)
             return
     else:
@@ -154,7 +155,7 @@ def open_session(
                 f"cluster.address={cluster.address}: only host:port of a Ray head can be joined. To run on a remote "
                 "cluster submit a job (stormjib submit, or ray job submit)."
             )
-        with _connected(cluster.address, None) as address:
+        with _connected(cluster.address, None) as address, _joined_nodes(cluster, with_nodes):
             yield Session(cluster, address, in_job, None)
         return
     with LocalCluster.start(
@@ -190,6 +191,11 @@ def _connected(address: str, node_host: str | None) -> Iterator[str]:
     finally:
         with contextlib.suppress(RuntimeError):
             ray.shutdown()
+
+
+def _joined_nodes(cluster: ClusterConfig, wanted: bool) -> contextlib.AbstractContextManager[None]:
+    """The nodes of the run are asked for where the joined cluster can grow."""
+    return requested_nodes(cluster) if wanted else contextlib.nullcontext()
 
 
 def _whole(count: float) -> int:

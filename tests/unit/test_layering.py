@@ -31,6 +31,7 @@ HOMES = {
         "cluster.local_nodes",
         "cluster.node_agent",
         "cluster.node_pool",
+        "cluster.node_request",
         "cluster.ray_auth",
         "cluster.ray_map",
         "cluster.ray_session",
