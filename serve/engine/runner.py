@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from serve.engine.packed_linear import pack_linears
 from serve.engine.paged import KVCache, PagedContext
 from serve.engine.scheduler import Chunk
 from trainer.model import Transformer
@@ -34,10 +35,11 @@ class Runner:
     """One model on one device."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_tokens: int) -> None:
-        """Take the model as it is (device, dtype) and allocate its cache."""
+        """Take the model over (device and dtype stay, matrices are packed on CPUs) and allocate its cache."""
         self.model = model.eval().requires_grad_(False)
         weight = model.embedding.weight
         self.device = weight.device
+        self._packed_head = pack_linears(model)
         self.cache = KVCache(model.config, num_blocks, block_tokens, weight.device, weight.dtype)
 
     @torch.inference_mode()
@@ -68,5 +70,11 @@ class Runner:
                 scored.append((chunk, slice(len(rows), len(rows) + chunk.count)))
                 rows.extend(range(end - chunk.count, end))
         wanted_BSD = hidden_BTD if rows == list(range(end)) else hidden_BTD[:, rows]
-        logits_SV = self.model.logits(wanted_BSD)[0]
+        logits_SV = self._logits(wanted_BSD)[0]
         return PassLogits(logits_SV[: len(last)], last, [(chunk, logits_SV[part]) for chunk, part in scored])
+
+    def _logits(self, hidden_BSD: Tensor) -> Tensor:
+        if self._packed_head is None:
+            return self.model.logits(hidden_BSD)
+        logits_BSV: Tensor = self._packed_head(self.model.head.norm(hidden_BSD))
+        return logits_BSV
