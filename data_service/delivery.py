@@ -4,6 +4,7 @@ Owns verification: batch, slot and row ids, counts of valid labels, and checksum
 Refuses to place a row that is not the plan's. No network here.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,15 +128,18 @@ def place_rows(
         packed = np.frombuffer(batch.column(6).buffers()[1], dtype=np.uint8).reshape(-1, -(-width // 8))
         packed = packed[batch.column(6).offset :][: batch.num_rows]
         starts = np.unpackbits(packed, axis=1, count=width, bitorder="little").view(np.bool_)
-        for number in np.unique(wanted_batch[part]).tolist():
-            chosen = wanted_batch[part] == number
-            target = arrays[number - ticket.first]
-            into = wanted_slot[part][chosen].astype(np.int64) - slots[0]
-            target.tokens[into] = tokens[chosen]
-            target.doc_starts[into] = starts[chosen]
-            target.row_id[into] = row_id[chosen]
-            target.valid_tokens[into] = valid[chosen]
-            target.row_crc[into] = crcs[chosen]
+        # Rows come batch by batch with their slots in order, so each batch's share is one run on both sides.
+        cuts = np.flatnonzero(np.diff(wanted_batch[part])) + 1
+        for begin, end in itertools.pairwise([0, *cuts.tolist(), batch.num_rows]):
+            if begin == end:
+                continue
+            target = arrays[int(wanted_batch[part][begin]) - ticket.first]
+            into = slice(int(wanted_slot[part][begin]) - slots[0], int(wanted_slot[part][end - 1]) - slots[0] + 1)
+            target.tokens[into] = tokens[begin:end]
+            target.doc_starts[into] = starts[begin:end]
+            target.row_id[into] = row_id[begin:end]
+            target.valid_tokens[into] = valid[begin:end]
+            target.row_crc[into] = crcs[begin:end]
         place += batch.num_rows
     if place != wanted_ids.size:
         raise DeliveryError(f"{where}: {place} rows were delivered where the plan has {wanted_ids.size}.")

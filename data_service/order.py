@@ -75,8 +75,9 @@ def _rows_of_window(plan: Plan, epoch: int, window: int, places: npt.NDArray[np.
     inside = permute((places - start).astype(np.uint64), size, _round_keys(plan, "rows", epoch, window)).astype(
         np.int64
     )
-    first = window * plan.window_shards
-    slots = np.arange(first, min(first + plan.window_shards, num_blocks), dtype=np.uint64)
+    window_blocks = min(plan.window_shards, num_blocks)
+    first = window * window_blocks
+    slots = np.arange(first, min(first + window_blocks, num_blocks), dtype=np.uint64)
     blocks = permute(slots, num_blocks, _round_keys(plan, "blocks", epoch)).astype(np.int64)
     lengths = np.minimum(block_rows, plan.num_rows - blocks * block_rows)
     ends = np.cumsum(lengths)
@@ -108,8 +109,9 @@ def _rows_of_epoch(plan: Plan, epoch: int, places: npt.NDArray[np.int64]) -> _U6
     missing = num_blocks * plan.rows_per_shard - plan.num_rows
     # The slot in which the last, short block lands.
     short = _inverse(num_blocks - 1, num_blocks, _round_keys(plan, "blocks", epoch)) if missing else num_blocks
-    window_rows = plan.window_shards * plan.rows_per_shard
-    short_window = short // plan.window_shards
+    window_blocks = min(plan.window_shards, num_blocks)
+    window_rows = window_blocks * plan.rows_per_shard
+    short_window = short // window_blocks
     # Windows behind the one with the short block begin `missing` rows early.
     window = places // window_rows
     window = np.where(window >= short_window, (places + missing) // window_rows, window)

@@ -11,9 +11,9 @@ from functools import cached_property
 from typing import Literal
 
 from data_service.errors import ConfigError, CursorMismatchError
-from data_service.shards import DatasetManifest
+from data_service.shards import DatasetManifest, SplitInfo
 
-__all__ = ["PLAN_VERSION", "Plan", "Split", "make_plan", "num_rows_of"]
+__all__ = ["PLAN_VERSION", "Plan", "Split", "make_plan", "num_rows_of", "rows_per_shard_of"]
 
 Split = Literal["train", "eval"]
 
@@ -28,6 +28,11 @@ def num_rows_of(num_tokens: int, seq_len: int) -> int:
     is a label exactly once.
     """
     return max(0, -(-(num_tokens - 1) // seq_len))
+
+
+def rows_per_shard_of(info: SplitInfo, seq_len: int) -> int:
+    """Rows of a block: as many as fit in a shard."""
+    return max(1, info.shard_tokens // seq_len)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def make_plan(
         global_batch=global_batch,
         num_tokens=info.num_tokens,
         num_rows=num_rows,
-        rows_per_shard=max(1, info.shard_tokens // seq_len),
+        rows_per_shard=rows_per_shard_of(info, seq_len),
         window_shards=window_shards,
         shuffle=split == "train",
     )

@@ -28,7 +28,7 @@ from data_service.control import HEARTBEAT_S, bearer_metadata
 from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
-from data_service.plan import Plan
+from data_service.plan import Plan, rows_per_shard_of
 from data_service.rows import RowSource
 from data_service.schema import block_to_batch, wire_schema
 from data_service.shards import DatasetManifest, ShardEntry, read_index, read_manifest
@@ -78,7 +78,7 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             self._metrics.add(errors=1)
             extra = json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
             raise flight.FlightServerError(str(error), extra) from error
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             self._metrics.add(errors=1)
             raise flight.FlightServerError(
                 f"the ticket is refused: {error}", json.dumps({"kind": "ValueError", "message": str(error)}).encode()
@@ -89,8 +89,12 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             raise CursorMismatchError(
                 f"the ticket is for dataset {plan.dataset_digest[:64]}, this worker serves {self._manifest.digest}."
             )
-        if plan.num_tokens != self._manifest.splits[plan.split].num_tokens:
-            raise ValueError(f"plan.num_tokens={plan.num_tokens} is not that of the {plan.split} split.")
+        info = self._manifest.splits[plan.split]
+        if plan.num_tokens != info.num_tokens or plan.rows_per_shard != rows_per_shard_of(info, plan.seq_len):
+            raise ValueError(
+                f"plan.num_tokens={plan.num_tokens} or plan.rows_per_shard={plan.rows_per_shard} is not that of the "
+                f"{plan.split} split."
+            )
 
     def _answer(self, ticket: Ticket) -> Any:
         plan = ticket.plan

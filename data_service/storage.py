@@ -6,11 +6,11 @@ passes through. Filesystems are created on first use in the process that uses th
 """
 
 import contextlib
-import io
 import logging
 import os
 import random
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -143,14 +143,15 @@ def _temporary(path: Path) -> Path:
 def publish(uri: str) -> Iterator[BinaryIO]:
     """A stream whose bytes appear under `uri` together, when the block ends well, and not at all when it raises.
 
-    Replaces an existing file. Local files are synced before they are renamed into place; remote ones are buffered in
-    memory and uploaded at the end.
+    Replaces an existing file. Local files are synced before they are renamed into place; remote ones are spooled to
+    this machine's temporary folder and uploaded at the end, so that a failed upload can be tried again.
     """
     if not is_local(uri):
-        buffer = io.BytesIO()
-        yield buffer
         fs, remote_path = _remote(uri)
-        _retry(f"writing {uri}", lambda: fs.pipe_file(remote_path, buffer.getvalue()))
+        with tempfile.NamedTemporaryFile(prefix="stormjib-") as spool:
+            yield cast(BinaryIO, spool)
+            spool.flush()
+            _retry(f"writing {uri}", lambda: fs.put_file(spool.name, remote_path))
         return
     path = local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,14 +199,24 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         _sync_folder(path.parent)
         return True
     fs, remote_path = _remote(uri)
+    attempts = 0
+
+    def put() -> None:
+        nonlocal attempts
+        attempts += 1
+        try:
+            fs.pipe_file(remote_path, data, mode="create")
+        except OSError as error:
+            # Stores differ in what they say beside the code; some leave out which condition failed.
+            if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
+                raise FileExistsError(f"{uri} is there already.") from error
+            raise
+
     try:
-        _retry(f"writing {uri}", lambda: fs.pipe_file(remote_path, data, mode="create"))
+        _retry(f"writing {uri}", put)
     except FileExistsError:
-        return False
-    except OSError as error:
-        if "PreconditionFailed" in str(error) or "412" in str(error):
-            return False
-        raise
+        # An earlier attempt may have arrived although its answer did not.
+        return attempts > 1 and read_bytes(uri) == data
     return True
 
 

@@ -1,6 +1,8 @@
 """CSV in which a broken record costs itself, whatever stands around it."""
 
+import csv
 import io
+import random
 
 import pytest
 
@@ -66,3 +68,31 @@ def test_many_unclosed_quotes_do_not_read_the_file_once_each():
     good, broken = parse(b"text,label\n" + lines + b"good,x\n")
     assert good == [["text", "label"], ["good", "x"]]
     assert len(broken) == 20_000
+
+
+_BROKEN = ('"never closed,x', '"text" behind,x', 'ok,"open', '"a""b,x', "one field", "a,b,c", '"', "x,y" + "z" * 400)
+_GOOD = ("plain", "with, comma", 'with "quotes"', "two\nlines", "", "两行\r\n中文", 'end"', "x" * 90)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_good_rows_are_kept_among_any_broken_ones(seed):
+    chance = random.Random(seed)
+    out = io.StringIO()
+    end = chance.choice(["\n", "\r\n"])
+    writer = csv.writer(out, lineterminator=end, quoting=chance.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    writer.writerow(["text", "label"])
+    kept, num_broken = [["text", "label"]], 0
+    for number in range(60):
+        if chance.random() < 0.3:
+            out.write(chance.choice(_BROKEN) + end)
+            num_broken += 1
+        else:
+            # Numbered, so that a row lost and a row doubled cannot make up for each other.
+            row = [f"{number} " + chance.choice(_GOOD), chance.choice(_GOOD[:3])]
+            writer.writerow(row)
+            kept.append(row)
+    good, broken = parse(out.getvalue().encode(), limit=300)
+    # Broken lines may add up to a well-formed record (`ok,"open` and `"`), which then counts as one.
+    numbers = [row for row in good if row[0] != "ok"]
+    assert numbers == kept
+    assert len(broken) == num_broken or len(good) > len(kept)
