@@ -227,7 +227,7 @@ def report_from_json(text: str) -> Report:
         fields = json.loads(text)
         kind = _KINDS[fields.pop("kind")]
         report: Report = _adapter(kind).validate_python(fields)
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"A rank sent a malformed report {text[:200]!r}: {error}") from error
     return report
 

@@ -34,6 +34,8 @@ Program = Callable[[WorkerSpec, "QueueHooks"], Any]
 """What a rank runs; it must be importable, and what it returns must be JSON-like."""
 
 DEADLINE_S = 90.0
+GRACE_S = 2.0
+"""After a first failure the other ranks get this long to tell theirs."""
 
 
 class RanksFailedError(AssertionError):
@@ -175,23 +177,30 @@ class RankServer:
                 else:
                     waiting.discard(rank)
                     (failures if kind == "failed" else outcome.returned)[rank] = payload
+            if failures:
+                self._hear_the_others(sent, waiting, failures)
         finally:
             for child in children:
-                child.join(timeout=5.0 if not failures else 0.5)
+                child.join(timeout=5.0 if not failures else 0.1)
                 if child.is_alive():
                     child.kill()
                     child.join()
         outcome.wall_s = time.monotonic() - began
         if failures:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    rank, kind, payload = sent.get(timeout=0.1)
-                    if kind == "failed":
-                        failures[rank] = payload
             told = "\n".join(f"--- rank {rank}: {story}" for rank, story in sorted(failures.items()))
             said = "\n".join(f"--- {log.name}:\n{log.read_text()[-1500:]}" for log in logs if log.exists())
             raise RanksFailedError(f"ranks failed:\n{told}\n{said}", failures)
         return outcome
+
+    @staticmethod
+    def _hear_the_others(sent: Any, waiting: set[int], failures: dict[int, str]) -> None:
+        """Give the other ranks a moment to say how they ended."""
+        until = time.monotonic() + GRACE_S
+        while waiting - failures.keys() and (left_s := until - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                rank, kind, payload = sent.get(timeout=left_s)
+                if kind == "failed":
+                    failures[rank] = payload
 
 
 def _be_rank(program: Program, spec_json: str, sent: Any, log: str, stop_after: int | None) -> None:

@@ -1,0 +1,102 @@
+"""The rank protocol survives JSON."""
+
+import json
+import math
+
+import pytest
+
+from data_service.access import DataAccess
+from data_service.errors import ConfigError
+from trainer.config import ModelConfig, TrainConfig
+from trainer.manifest import EvalRecord, PartReceipt, StoredRange, TrainState
+from trainer.protocol import (
+    EvalReport,
+    FinishedReport,
+    PartReport,
+    ReadyReport,
+    Report,
+    StepReport,
+    WorkerSpec,
+    report_from_json,
+    report_to_json,
+)
+
+SPEC = WorkerSpec(
+    attempt=3,
+    rank=1,
+    world_size=4,
+    dp=2,
+    pp=2,
+    local_rank=1,
+    device="cpu",
+    master_addr="127.0.0.1",
+    master_port=29500,
+    seed=2**63 - 1,
+    seq_len=32,
+    vocab_size=300,
+    model=ModelConfig.model_validate({"from": "/models/tiny"}),
+    train=TrainConfig.model_validate({"parallel": {"dp": "auto", "pp": 2}, "micro_batch": 2}),
+    data=DataAccess(("127.0.0.1:1", "127.0.0.1:2"), "secret", 4, 3.0, 60.0),
+    checkpoints_uri="s3://bucket/run/checkpoints",
+    resume_step=None,
+    config_json='{"run": {"name": "r"}}',
+)
+RECEIPT = PartReceipt(
+    10, 3, 1, "attempt_3/rank_00001.safetensors", 64, (StoredRange("head.norm.weight", "exp_avg", 4, 8, 32, (7,)),)
+)
+STATE = TrainState(
+    step=10,
+    optimizer_steps=10,
+    plan_digest="p",
+    consumed_batches=10,
+    dataset_digest="d",
+    seed=1,
+    seq_len=32,
+    global_batch=8,
+    dp=2,
+    pp=2,
+    zero_stage=1,
+    precision="fp32",
+    model={"d_model": 32, "tie_embeddings": True, "norm_eps": 1e-5},
+    parameters={"head.norm.weight": (32,)},
+    config={"run": {"name": "r", "tags": [1, None]}},
+    versions={"torch": "2"},
+    evaluation=EvalRecord(1.5, math.exp(1.5), 100),
+)
+REPORTS: list[Report] = [
+    ReadyReport(1, {"import": 3.5}),
+    StepReport(1, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01),
+    EvalReport(0, 6.0, 403.4, 1000),
+    PartReport(10, 1, RECEIPT, STATE, 0.5),
+    PartReport(10, 2, RECEIPT, None),
+    FinishedReport(1, 20, "stop"),
+]
+
+
+def test_a_specification_survives_json() -> None:
+    again = WorkerSpec.from_json(SPEC.to_json())
+    assert again == SPEC
+    assert again.model.from_ == "/models/tiny"
+    assert "\n" not in SPEC.to_json()
+
+
+@pytest.mark.parametrize("report", REPORTS, ids=lambda report: type(report).__name__)
+def test_a_report_survives_json(report: Report) -> None:
+    text = report_to_json(report)
+    assert "\n" not in text
+    assert report_from_json(text) == report
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"kind": "step"}', '{"kind": "nonsense"}', '{"kind": "ready", "rank": "x"}']
+)
+def test_what_is_no_report_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="malformed report"):
+        report_from_json(text)
+
+
+def test_what_is_no_specification_is_refused() -> None:
+    fields = json.loads(SPEC.to_json())
+    del fields["dp"]
+    with pytest.raises(ConfigError, match="malformed specification"):
+        WorkerSpec.from_json(json.dumps(fields))
