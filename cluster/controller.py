@@ -106,7 +106,7 @@ class Controller:
             config.data,
             seed=config.run.seed,
             global_batch=config.train.global_batch,
-            host_by_node={node.node_id: node.host for node in self._pool.nodes()},
+            host_by_node=self._pool.data_hosts(),
             head_node=self._pool.head_node(),
         )
         access = self._data.start()
@@ -230,7 +230,7 @@ class Controller:
         if self._loss is None:
             self._loss = _Loss(outcome.last_step, 0, outcome.timing)
         assert self._data is not None, "data are served before the first attempt"
-        return self._data.repair(self._pool.host_by_node()) if failure.lost_nodes else access
+        return self._data.repair(self._pool.data_hosts()) if failure.lost_nodes else access
 
     def _lose_idle_node(self, node: str) -> None:
         """A node without ranks went: the ranks go on, and the data service gets a new worker."""
@@ -238,7 +238,7 @@ class Controller:
         self._writer.events.write(Event.NODE_LOST, node_id=node)
         self._console.say(f"node {node[:8]} was lost; it held no rank")
         assert self._data is not None, "data are served before the first attempt"
-        self._data.repair(self._pool.host_by_node())
+        self._data.repair(self._pool.data_hosts())
 
     def _first_step(self, step: int, timing: AttemptTiming) -> None:
         """The first step of an attempt: what a recovery took is known now."""

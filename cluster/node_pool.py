@@ -19,7 +19,7 @@ from cluster.console import RunConsole
 from cluster.events import Event
 from cluster.node_agent import LeaseKeeper, start_agent
 from cluster.placement import Placement, place, share_slots
-from cluster.ray_session import NodeView, Session
+from cluster.ray_session import DATA_ROLE, ROLE_LABEL, Session
 from cluster.run_store import RunWriter
 from data_service import storage
 from data_service.errors import ConfigError
@@ -97,13 +97,18 @@ class NodePool:
         """Agents of the nodes that are left."""
         return dict(self._agents)
 
-    def nodes(self) -> list[NodeView]:
-        """Nodes that are left and have an agent."""
-        return [node for node in self._session.nodes() if node.node_id in self._agents and node.alive]
-
     def host_by_node(self) -> dict[str, str]:
         """Addresses of the nodes that are left."""
         return {node: info.host for node, info in self._infos.items()}
+
+    def data_hosts(self) -> dict[str, str]:
+        """Addresses of the nodes that data workers run on: those with that role, or else those that hold ranks."""
+        apart = {
+            node.node_id: node.host
+            for node in self._session.nodes()
+            if node.alive and node.labels.get(ROLE_LABEL) == DATA_ROLE
+        }
+        return apart or self.host_by_node()
 
     def head_node(self) -> str:
         """The node that Ray's head runs on."""

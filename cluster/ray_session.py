@@ -21,7 +21,7 @@ from cluster.sections import ClusterConfig
 from data_service.errors import ConfigError
 from serve.config import ServeConfig
 
-__all__ = ["NAMESPACE", "RANKS_ROLE", "ROLE_LABEL", "NodeView", "Session", "open_session"]
+__all__ = ["DATA_ROLE", "NAMESPACE", "RANKS_ROLE", "ROLE_LABEL", "NodeView", "Session", "open_session"]
 
 NAMESPACE = "stormjib"
 """Ray namespace of everything the product names."""
@@ -29,6 +29,8 @@ ROLE_LABEL = "stormjib/role"
 """Node label of what a node is for; rendered Kubernetes groups carry it."""
 RANKS_ROLE = "ranks"
 """The role of nodes that hold ranks; a node with another role holds none."""
+DATA_ROLE = "data"
+"""The role of nodes that are there for the data service and the preparation."""
 
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the entrypoint of a submitted Ray job (Ray 2.60, dashboard/modules/job/job_supervisor.py)."""
