@@ -6,6 +6,7 @@ passes through. Filesystems are created on first use in the process that uses th
 """
 
 import contextlib
+import io
 import logging
 import os
 import random
@@ -67,16 +68,31 @@ def _remote(uri: str) -> tuple[Any, str]:
     return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
 
 
+def _store_library(error: Exception) -> bool:
+    """Whether an error comes from the libraries under s3fs, which raise their own kinds when no answer came at all."""
+    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+
+
 def _retry(what: str, action: Callable[[], ResultT]) -> ResultT:
-    """Run a remote action, at most _ATTEMPTS times, with jittered exponential waits between."""
+    """Run a remote action, at most _ATTEMPTS times, with jittered exponential waits between.
+
+    Raises:
+        OSError: the last failure; failures of the libraries below are wrapped in one.
+    """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return action()
         except _NOT_WORTH_RETRYING:
             raise
-        except (OSError, TimeoutError) as error:
-            if attempt == _ATTEMPTS:
+        except Exception as error:
+            if "Credentials" in type(error).__name__:
+                raise PermissionError(f"{what}: {error}.") from error
+            if not isinstance(error, OSError) and not _store_library(error):
                 raise
+            if attempt == _ATTEMPTS:
+                raise OSError(
+                    f"{what} failed {_ATTEMPTS} times, at last with {type(error).__name__}: {error}"
+                ) from error
             wait_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1) * (0.5 + random.random())
             _LOG.warning("%s failed (attempt %d of %d), again in %.1f s: %s", what, attempt, _ATTEMPTS, wait_s, error)
             time.sleep(wait_s)
@@ -122,7 +138,9 @@ def open_input(uri: str) -> BinaryIO:
     if is_local(uri):
         return local_path(uri).open("rb")
     fs, path = _remote(uri)
-    return _retry(f"opening {uri}", lambda: cast(BinaryIO, fs.open(path, "rb")))
+    raw = _retry(f"opening {uri}", lambda: fs.open(path, "rb"))
+    # fsspec's own files read lines without a bound.
+    return io.BufferedReader(raw, 1 << 20)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,6 +27,8 @@ def test_write_read_list_and_remove(root):
     assert storage.list_names(storage.join(root, "a")) == ["a.bin", "b.bin"]
     with storage.open_input(uri) as stream:
         assert stream.read(2) == b"01"
+        assert stream.readline(3) == b"234"
+        assert stream.seek(0) == 0
     storage.write_bytes(uri, b"new")
     assert storage.read_bytes(uri) == b"new"
     assert [name.rpartition("/")[2] for name in storage.glob_files(storage.join(root, "a", "[ab].bin"))] == [
