@@ -4,9 +4,11 @@ After a change that is meant, write the golden files anew and read the differenc
 `STORMJIB_WRITE_GOLDEN=1 python -m pytest tests/unit/test_k8s_render.py && git diff tests/golden/k8s`.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import yaml
 import cluster.local_nodes
 import cluster.ray_session
 from cluster.config import RunConfig, load_config
-from cluster.ray_session import Session
+from cluster.console import RunConsole
+from cluster.node_pool import NodePool
+from cluster.ray_session import NodeView, Session
+from cluster.run_store import RunWriter
 from data_service.errors import ConfigError
 from k8s.pods import ROLE_LABEL, SLOT_RESOURCE
 from k8s.policies import RUN_AS_USER
@@ -195,6 +200,27 @@ def test_ray_nodes_of_the_groups_hold_the_slots_of_the_run(profile: str) -> None
     assert slots.pop("data") == 0
     assert set(slots.values()) == {config.cluster.node.slots}
     assert (SLOT_RESOURCE, ROLE_LABEL) == (cluster.local_nodes.SLOT_RESOURCE, cluster.ray_session.ROLE_LABEL)
+
+
+@dataclass(frozen=True)
+class SeenNodes(Session):
+    seen: tuple[NodeView, ...] = ()
+
+    def nodes(self) -> list[NodeView]:
+        return list(self.seen)
+
+
+def test_data_workers_run_on_the_data_group_only(tmp_path: Path) -> None:
+    config = example(*OBJECT_STORE, f"run.storage={tmp_path}")
+    spec = of_kind(render(example(*OBJECT_STORE)), "RayJob")["spec"]["rayClusterSpec"]
+    nodes = [
+        NodeView(group["groupName"], f"10.0.0.{index}", True, 0, False, group["labels"])
+        for index, group in enumerate(spec["workerGroupSpecs"])
+    ]
+    session = SeenNodes(config.cluster, "head:6379", True, None, tuple(nodes))
+    with contextlib.closing(RunWriter.open(config)) as writer:
+        pool = NodePool(config, session, writer, RunConsole(total_steps=1, quiet=True))
+        assert pool.data_hosts() == {"data": "10.0.0.2"}
 
 
 def test_a_run_that_is_not_elastic_has_all_nodes_on_demand_and_gpus_where_asked() -> None:
