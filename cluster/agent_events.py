@@ -18,8 +18,6 @@ class AgentInfo:
     slots: int
     gpu_ids: tuple[str, ...]
     """The GPUs that were assigned to the agent, as CUDA_VISIBLE_DEVICES names them."""
-    standbys: int
-    """Processes that wait for a rank, loaded or loading."""
 
 
 @dataclass(frozen=True)

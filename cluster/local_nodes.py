@@ -14,6 +14,7 @@ folders and open ports, 10 s at once with these).
 import atexit
 import contextlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -32,6 +33,8 @@ from cluster.errors import LocalNodeError
 from cluster.ray_auth import shown_token
 
 __all__ = ["HEAD_RESOURCE", "SLOT_RESOURCE", "LocalCluster", "LocalNode"]
+
+_log = logging.getLogger(__name__)
 
 HEAD_RESOURCE = "stormjib_head"
 """Custom resource (1) of a local head."""
@@ -128,6 +131,9 @@ class LocalCluster:
     ) -> "LocalCluster":
         """Start a head and worker nodes; returns when all have joined.
 
+        Nodes start at once. On a machine so busy that one of them misses Ray's own deadline (30 s, Ray 2.60), and where
+        another process takes a port in the moment before a node does, all are started once more, one after the other.
+
         Args:
             nodes: worker nodes; may be 0.
             slots: ranks a worker node may hold: its resource `stormjib_slot`.
@@ -141,20 +147,30 @@ class LocalCluster:
         Raises:
             LocalNodeError: a node ended early or did not join in time; its last output is in the message.
         """
-        cluster = cls(_make_folder())
-        atexit.register(cluster.stop)
-        try:
-            cluster._write_token()
-            cluster._start_head(head_cpus, head_gpus, object_store_bytes, dashboard)
-            for index in range(nodes):
-                resources = {SLOT_RESOURCE: slots}
-                cpus = slots * cpus_per_slot
-                cluster._start_worker(index + 1, cpus, gpus, resources, object_store_bytes)
-            cluster._await_joined()
-        except BaseException:
-            cluster.stop()
-            raise
-        return cluster
+        for in_turn in (False, True):
+            cluster = cls(_make_folder())
+            atexit.register(cluster.stop)
+            try:
+                cluster._write_token()
+                cluster._start_head(head_cpus, head_gpus, object_store_bytes, dashboard)
+                for index in range(nodes):
+                    if in_turn:
+                        cluster._await_joined()
+                    resources = {SLOT_RESOURCE: slots}
+                    cpus = slots * cpus_per_slot
+                    cluster._start_worker(index + 1, cpus, gpus, resources, object_store_bytes)
+                cluster._await_joined()
+            except LocalNodeError as error:
+                cluster.stop()
+                if in_turn:
+                    raise
+                _log.warning("%s\nStarting the nodes once more, one after the other.", error)
+            except BaseException:
+                cluster.stop()
+                raise
+            else:
+                return cluster
+        raise AssertionError("the second attempt returns or raises")
 
     def all_nodes(self) -> list[LocalNode]:
         """The head, then the worker nodes."""

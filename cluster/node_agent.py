@@ -1,7 +1,8 @@
 """The agent of a node: the one parent of all rank processes there, and the controller's hand on them.
 
-A named, detached Ray actor that holds the node's slots as its own resources. Ranks are its children: they die when it
-does, whatever ends it, and it ends them and itself when no controller has renewed its lease for `lease_s`.
+A named, detached Ray actor that holds the node's slots as its own resources. It keeps a nursery, a process that has
+loaded what ranks need and forks them, so that ranks of a new attempt start in milliseconds. Ranks die when it does,
+whatever ends it, and it ends them and itself when no controller has renewed its lease for `lease_s`.
 
 How a controller calls it. Every method returns soon, `poll` after `wait_s` at most; none is retried by Ray
 (`max_task_retries=0`), so that a dead agent shows as `ray.exceptions.ActorDiedError` or `ActorUnavailableError` on the
@@ -25,9 +26,9 @@ from typing import Any, Literal
 from cluster.agent_events import AgentEvent, AgentInfo, ExitPayload
 from cluster.errors import StaleAttemptError
 from cluster.lease import Lease
-from cluster.rank_child import RankChild
+from cluster.rank_child import Nursery, RankChild
 from data_service import storage
-from data_service.errors import StormjibError
+from data_service.errors import ConfigError, StormjibError
 from trainer.protocol import WorkerSpec
 
 __all__ = ["AgentEvent", "AgentInfo", "ExitPayload", "LeaseKeeper", "NodeAgent", "start_agent"]
@@ -45,7 +46,7 @@ _MAX_CALLS = 64
 class NodeAgent:
     """Ranks of one node. A plain class: `start_agent` makes it an actor; tests run it on an event loop of their own.
 
-    All methods run on one event loop, whose thread is the parent of the ranks.
+    All methods run on one event loop, whose thread is the parent of the nurseries.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class NodeAgent:
             node_id: Ray's node id in hex.
             host: address of the node; None asks Ray.
             slots: most ranks at a time.
-            threads: CPU threads of a standby's libraries.
-            device: what standbys prepare for.
+            threads: CPU threads of the ranks' libraries.
+            device: what the node's ranks run on.
             lease_s: seconds without a call of the controller after which agent and ranks end.
             logs_uri: folder for the ranks' logs, `attempt_K/rank_N.log`; on an object store they are written when a
                 rank ends, the last 4 MiB of each.
@@ -78,8 +79,8 @@ class NodeAgent:
         self._device = device
         self._logs_uri = logs_uri
         self._lease = Lease(lease_s)
-        self._children: dict[int, RankChild] = {}
-        self._gone: dict[int, asyncio.Event] = {}
+        self._nursery: Nursery | None = None
+        self._ranks: dict[RankChild, asyncio.Event] = {}
         self._uploads: set[asyncio.Task[None]] = set()
         self._events: deque[AgentEvent] = deque()
         self._num_events = 0
@@ -97,7 +98,7 @@ class NodeAgent:
             self._host = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") if self._device == "cuda" else ""
         gpu_ids = tuple(name for name in visible.split(",") if name)
-        return AgentInfo(self._node_id, self._host, os.getpid(), self._slots, gpu_ids, len(self._standbys()))
+        return AgentInfo(self._node_id, self._host, os.getpid(), self._slots, gpu_ids)
 
     async def renew(self) -> None:
         """Renew the lease."""
@@ -119,15 +120,13 @@ class NodeAgent:
             return f"{type(error).__name__}: {error}"
         return None if found == expected.encode() else "it holds something else; an older file is there"
 
-    async def warm(self, count: int) -> int:
-        """See that `count` standbys are loading or loaded, at most one for each slot; returns how many there are."""
+    async def warm(self) -> None:
+        """Start loading what ranks need, unless it is loaded; `start_attempt` would do it too, and wait for it."""
         self._lease.renew()
-        while len(self._standbys()) < min(count, self._slots):
-            self._spawn(self._device, self._threads)
-        return len(self._standbys())
+        self._warm_nursery()
 
     async def start_attempt(self, attempt: int, specs: list[str]) -> None:
-        """Start ranks of an attempt, on standbys where there are any; ranks of earlier attempts are killed first.
+        """Start ranks of an attempt; ranks of earlier attempts are killed first. Returns before they are ready.
 
         Args:
             attempt: a number above those of all attempts before.
@@ -135,7 +134,7 @@ class NodeAgent:
 
         Raises:
             StaleAttemptError: the attempt was stopped, has ranks here already, or a later one was started.
-            ConfigError: a specification is malformed.
+            ConfigError: a specification is malformed, or is for a device that this agent does not have.
         """
         self._lease.renew()
         if attempt <= max(self._over_attempt, self._newest_attempt):
@@ -144,14 +143,25 @@ class NodeAgent:
                 f"started and {self._over_attempt} stopped. Start a later one."
             )
         parsed = [(WorkerSpec.from_json(text), text) for text in specs]
+        for spec, _ in parsed:
+            if spec.device != self._device:
+                raise ConfigError(
+                    f"Rank {spec.rank} is to run on {spec.device}, and node {self._node_id[:8]} was reserved for "
+                    f"{self._device}. Set train.device=auto, or cluster.node.gpus to the GPUs of a node."
+                )
         self._newest_attempt = attempt
-        await self._kill([child for child in self._children.values() if 0 < child.attempt < attempt])
+        await self._kill([child for child in self._ranks if child.attempt < attempt])
+        loop = asyncio.get_running_loop()
+        nursery = self._warm_nursery()
         for spec, text in parsed:
-            ready = [
-                child for child in self._standbys() if (child.device, child.threads) == (spec.device, spec.threads)
-            ]
-            child = ready[0] if ready else self._spawn(spec.device, spec.threads)
-            child.start(attempt, spec.rank, text, self._log_path(attempt, spec.rank))
+            child = nursery.fork(
+                attempt,
+                spec.rank,
+                on_message=lambda child, message: _hand_over(loop, self._take_message, child, message),
+                on_exit=lambda child, code: _hand_over(loop, self._take_exit, child, code),
+            )
+            self._ranks[child] = asyncio.Event()
+            child.start(text, self._log_path(attempt, spec.rank))
 
     async def stop_attempt(self, attempt: int) -> None:
         """SIGKILL all ranks of this attempt and of those before; returns when they are gone.
@@ -160,12 +170,12 @@ class NodeAgent:
         """
         self._lease.renew()
         self._over_attempt = max(self._over_attempt, attempt)
-        await self._kill([child for child in self._children.values() if 0 < child.attempt <= attempt])
+        await self._kill([child for child in self._ranks if child.attempt <= attempt])
 
     async def control(self, attempt: int, stop_after: int) -> None:
         """Pass `StopAfter(stop_after)` to the ranks of the attempt."""
         self._lease.renew()
-        for child in self._children.values():
+        for child in self._ranks:
             if child.attempt == attempt:
                 child.stop_after(stop_after)
 
@@ -189,31 +199,23 @@ class NodeAgent:
         return [event for event in self._events if event.seq > after]
 
     async def shutdown(self) -> None:
-        """End all ranks and standbys, then the actor; the caller sees it die."""
-        await self._kill(list(self._children.values()))
+        """End all ranks and the nursery, then the actor; the caller sees it die."""
+        await self._kill(list(self._ranks))
         if self._uploads:
             await asyncio.wait(self._uploads, timeout=KILL_S)
+        if self._nursery is not None:
+            self._nursery.kill()
         import ray.actor
 
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]
 
-    def _standbys(self) -> list[RankChild]:
-        return [child for child in self._children.values() if child.attempt == 0 and not child.killed]
-
-    def _spawn(self, device: Literal["cpu", "cuda"], threads: int) -> RankChild:
-        loop = asyncio.get_running_loop()
-        child = RankChild(
-            device,
-            threads,
-            on_message=lambda child, message: _hand_over(loop, self._take_message, child, message),
-            on_exit=lambda child, code: _hand_over(loop, self._take_exit, child, code),
-        )
-        self._children[child.pid] = child
-        self._gone[child.pid] = asyncio.Event()
-        return child
+    def _warm_nursery(self) -> Nursery:
+        if self._nursery is None or self._nursery.gone:
+            self._nursery = Nursery(self._device, self._threads)
+        return self._nursery
 
     async def _kill(self, children: list[RankChild]) -> None:
-        waits = [asyncio.ensure_future(self._gone[child.pid].wait()) for child in children]
+        waits = [asyncio.ensure_future(self._ranks[child].wait()) for child in children]
         for child in children:
             child.kill()
         if waits:
@@ -225,16 +227,9 @@ class NodeAgent:
     def _take_message(self, child: RankChild, message: dict[str, Any]) -> None:
         if message["is"] == "report" and not child.killed:
             self._emit("report", child.attempt, child.rank, message["payload"])
-        elif message["is"] == "warm":
-            _log.info("rank process %d was loaded in %.1f s", child.pid, message["seconds"])
 
     def _take_exit(self, child: RankChild, code: int) -> None:
-        del self._children[child.pid]
-        self._gone.pop(child.pid).set()
-        if child.attempt == 0:
-            if not child.killed:
-                _log.warning("standby %d ended with %d:\n%s", child.pid, code, "\n".join(child.log_tail()))
-            return
+        self._ranks.pop(child).set()
         if not storage.is_local(self._logs_uri):
             task = asyncio.ensure_future(asyncio.to_thread(self._upload_log, child))
             self._uploads.add(task)
@@ -270,7 +265,7 @@ class NodeAgent:
         while not self._lease.expired:
             time.sleep(min(0.5, self._lease.remaining_s()) + 0.01)
         _log.warning("no controller for %s s: node %s ends its ranks", self._lease.seconds, self._node_id[:8])
-        for child in list(self._children.values()):
+        for child in list(self._ranks):
             child.kill()
         os._exit(1)
 
@@ -362,4 +357,4 @@ def _hand_over(loop: asyncio.AbstractEventLoop, take: Callable[..., None], child
     try:
         loop.call_soon_threadsafe(take, child, what)
     except RuntimeError:
-        _log.debug("rank process %d spoke after its agent had ended", child.pid)
+        _log.debug("rank %d spoke after its agent had ended", child.rank)

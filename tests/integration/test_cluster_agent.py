@@ -95,8 +95,8 @@ def spec(attempt: int, *, data: DataAccess = NOWHERE, port: int = 1, vocab_size:
     )
 
 
-def rank_pids(agent_pid: int) -> list[int]:
-    """Rank processes of an agent that have been told what to be, or wait for it."""
+def processes_below(agent_pid: int) -> list[int]:
+    """The nursery of an agent and its ranks."""
     below = psutil.Process(agent_pid).children(recursive=True)
     return [child.pid for child in below if "cluster.rank_process" in " ".join(child.cmdline())]
 
@@ -140,11 +140,12 @@ def test_kill_of_a_rank_is_told_at_once_and_a_stopped_attempt_is_silent(
     node, agent = next(iter(pool.agents.items()))
     agent_pid = pool.infos[node].pid
     after = last_seq(agent)
-    before = set(rank_pids(agent_pid))
+    before = set(processes_below(agent_pid))  # the nursery: the attempt before has loaded it
+    assert len(before) == 1
     # Rank 1 of a mesh whose rank 0 never comes: it waits in the rendezvous.
     lonely = replace(spec(10), rank=1, world_size=2, dp=2, master_port=ray.get(agent.free_port.remote()))
     ray.get(agent.start_attempt.remote(10, [lonely.to_json()]), timeout=DEADLINE_S)
-    pid = (set(rank_pids(agent_pid)) - before or set(rank_pids(agent_pid))).pop()
+    pid = until(lambda: set(processes_below(agent_pid)) - before, "a rank").pop()
     waiting = agent.poll.remote(after, 10.0)
     ray.get(agent.renew.remote(), timeout=5.0)  # a poll that waits keeps nobody else waiting
     killed_at = time.time()
@@ -241,8 +242,7 @@ def test_ranks_die_with_their_agent(pool: Pool) -> None:
     agent, agent_pid = pool.agents[node], pool.infos[node].pid
     lonely = replace(spec(30), rank=1, world_size=2, dp=2, master_port=ray.get(agent.free_port.remote()))
     ray.get(agent.start_attempt.remote(30, [lonely.to_json()]), timeout=DEADLINE_S)
-    ray.get(agent.warm.remote(1), timeout=DEADLINE_S)
-    ranks = until(lambda: rank_pids(agent_pid), "ranks")
+    ranks = until(lambda: pids if len(pids := processes_below(agent_pid)) == 2 else [], "nursery and rank")
     os.kill(agent_pid, signal.SIGKILL)
     with pytest.raises(RayError):
         ray.get(agent.poll.remote(0, 5.0), timeout=DEADLINE_S)
@@ -258,8 +258,8 @@ def test_an_abandoned_agent_ends_its_ranks_and_itself(pool: Pool) -> None:
     agent = pool.add(node, lease_s=3.0)
     agent_pid = pool.infos[node].pid
     del pool.agents[node]  # nobody renews its lease any more
-    ray.get(agent.warm.remote(1), timeout=DEADLINE_S)
-    ranks = until(lambda: rank_pids(agent_pid), "a standby")
+    ray.get(agent.warm.remote(), timeout=DEADLINE_S)
+    ranks = until(lambda: processes_below(agent_pid), "a nursery")
     renewed = time.monotonic()
     while time.monotonic() < renewed + 4.0:  # polls are renewals
         ray.get(agent.poll.remote(0, 0.5), timeout=DEADLINE_S)
