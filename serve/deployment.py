@@ -39,6 +39,11 @@ _READY_S = 60.0
 _PROBE_S = 5.0
 _GRACE_S = 30.0
 """How long a stopping replica may finish its streams."""
+_ONE_LOOP = {
+    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+}
+"""Replicas run our coroutines in Ray Serve's own loop: nothing in them blocks, and a message that need not change
+threads cost about a third less CPU (8 streams, Ray 2.60)."""
 
 
 class HandlePort:
@@ -182,7 +187,11 @@ def _application(spec: ServeSpec, key: bytes | None) -> Any:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=_GRACE_S,
         health_check_period_s=5.0,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "runtime_env": _ONE_LOOP,
+        },
         logging_config=_logging(),
     )(Engine)
     ingress = ray_serve.deployment(
@@ -191,7 +200,7 @@ def _application(spec: ServeSpec, key: bytes | None) -> Any:
         max_ongoing_requests=10_000,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=_GRACE_S,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_LOOP},
         logging_config=_logging(),
     )(ray_serve.ingress()(Ingress))
     return ingress.bind(spec, key, engine.bind(spec))
