@@ -17,7 +17,7 @@ import pyarrow.flight as flight
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.access import DataAccess
-from data_service.control import bearer_metadata
+from data_service.control import CHANNEL_OPTIONS, bearer_metadata
 from data_service.errors import (
     ConfigError,
     CursorMismatchError,
@@ -56,8 +56,7 @@ class Connections:
 
     def __init__(self, access: DataAccess) -> None:
         self._access = access
-        options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
-        self._channels = [grpc.insecure_channel(address, options=options) for address in access.control]
+        self._channels = [grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in access.control]
         self._stubs = [pb_grpc.DataControlStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._client_id = uuid.uuid4().hex
         self._lock = threading.Lock()
@@ -133,7 +132,9 @@ class Connections:
         with self._lock:
             connection = self._flights.get(address)
             if connection is None:
-                connection = self._flights[address] = flight.FlightClient(f"grpc://{address}")
+                connection = self._flights[address] = flight.FlightClient(
+                    f"grpc://{address}", generic_options=[("grpc.enable_http_proxy", 0)]
+                )
         options = flight.FlightCallOptions(
             timeout=timeout_s, headers=[(b"authorization", f"Bearer {self._access.token}".encode())]
         )

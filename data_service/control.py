@@ -26,9 +26,16 @@ from data_service.errors import ConfigError
 from data_service.plan import make_plan
 from data_service.shards import DatasetManifest, read_manifest
 
-__all__ = ["ControlServer", "Membership", "bearer_metadata"]
+__all__ = ["CHANNEL_OPTIONS", "ControlServer", "Membership", "bearer_metadata"]
 
 _LOG = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+)
+"""Of every channel to a control plane: quick to reconnect, and straight to its address whatever proxy is set."""
 HEARTBEAT_S = 1.0
 SUSPECT_AFTER_S = 5.0
 FORGET_AFTER_S = 600.0

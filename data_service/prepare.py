@@ -13,7 +13,6 @@ Owns the order of these steps and the identity of a dataset (its prepare key). R
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,12 +20,11 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from data_service import storage
 from data_service.config import DataConfig
-from data_service.errors import ConfigError, SourceError
-from data_service.readers import Reject, SourceFile, find_files, fingerprint, read_records
+from data_service.errors import ConfigError
+from data_service.readers import SourceFile, find_files, fingerprint
 from data_service.shards import (
     DATASET_VERSION,
     INDEX_FILE,
@@ -34,7 +32,6 @@ from data_service.shards import (
     DatasetManifest,
     Shard,
     ShardEntry,
-    SourceInfo,
     SplitInfo,
     checksum,
     encode_shard,
@@ -44,6 +41,7 @@ from data_service.shards import (
     shard_file,
     tokenizer_uri,
 )
+from data_service.spool import PrepareProgress, Spool, check_rejects, read_chunk, read_sources
 from data_service.tokenizer import (
     TokenizerFiles,
     encode_documents,
@@ -56,8 +54,6 @@ from data_service.tokenizer import (
 __all__ = ["Mapper", "PrepareProgress", "prepare", "serial"]
 
 _LOG = logging.getLogger(__name__)
-_CHUNK_BYTES = 1 << 20
-_HASH_RANGE = 2**64
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -73,18 +69,6 @@ class Mapper(Protocol):
 def serial(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
     """The mapper that does everything here, one after the other."""
     return map(function, items)
-
-
-@dataclass(frozen=True)
-class PrepareProgress:
-    """How far a preparation is."""
-
-    stage: Literal["read", "tokenizer", "encode"]
-    done: int
-    """Source files read, or chunks encoded."""
-    total: int
-    num_records: int
-    num_rejects: int
 
 
 @dataclass(frozen=True)
@@ -104,23 +88,6 @@ class _Encoded:
     """A chunk's documents of each split as (tokens, lengths)."""
 
     splits: dict[str, tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.uint32]]]
-
-
-@dataclass(frozen=True)
-class _Spool:
-    """What reading left behind."""
-
-    chunks: list[str]
-    sources: tuple[SourceInfo, ...]
-    num_records: int
-    num_duplicates: int
-    reject_reasons: dict[str, int]
-    eval_below: int
-    """A document whose hash is below this is held out."""
-
-    @property
-    def num_rejects(self) -> int:
-        return sum(self.reject_reasons.values())
 
 
 def prepare(
@@ -147,14 +114,15 @@ def prepare(
     """
     files = find_files(config.sources)
     tokenizer = None if config.tokenizer.path is None else read_tokenizer(config.tokenizer.path)
-    inputs = _inputs(config, files, tokenizer)
+    digests = [fingerprint(file.uri) for file in files]
+    inputs = _inputs(config, files, digests, tokenizer)
     key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
     if storage.exists(manifest_uri(dataset_uri)):
         return _reuse(dataset_uri, key, inputs, config)
     report = progress or (lambda _: None)
     work_uri = storage.join(dataset_uri, f"work-{key[:8]}")
     try:
-        spool = _read_sources(config, files, inputs, dataset_uri, work_uri, report)
+        spool = read_sources(config, files, digests, dataset_uri, work_uri, report)
         tokenizer = tokenizer or _train(config, spool, report)
         write_tokenizer(tokenizer_uri(dataset_uri), tokenizer)
         entries, splits = _write_shards(config, dataset_uri, spool, tokenizer, mapper, report)
@@ -188,7 +156,9 @@ def prepare(
     return manifest
 
 
-def _inputs(config: DataConfig, files: list[SourceFile], tokenizer: TokenizerFiles | None) -> dict[str, str]:
+def _inputs(
+    config: DataConfig, files: list[SourceFile], digests: list[str], tokenizer: TokenizerFiles | None
+) -> dict[str, str]:
     """All that the content of a dataset depends on, by name. Paths do not count, the content of files does."""
     inputs = {
         "format": str(DATASET_VERSION),
@@ -204,7 +174,7 @@ def _inputs(config: DataConfig, files: list[SourceFile], tokenizer: TokenizerFil
         inputs["data.tokenizer.train.min_frequency"] = repr(train.min_frequency)
     for number, file in enumerate(files):
         inputs[f"source file {number} (format, text column)"] = f"{file.source.resolved_format}, {file.source.text}"
-        inputs[f"source file {number} (content)"] = fingerprint(file.uri)
+        inputs[f"source file {number} (content)"] = digests[number]
     return inputs
 
 
@@ -212,7 +182,7 @@ def _reuse(dataset_uri: str, key: str, inputs: dict[str, str], config: DataConfi
     """The dataset that is there, when it is the one asked for."""
     manifest = read_manifest(dataset_uri)
     if manifest.prepare_key == key:
-        _check_rejects(config, manifest.num_records, dict(manifest.reject_reasons), dataset_uri)
+        check_rejects(config, manifest.num_records, dict(manifest.reject_reasons), dataset_uri)
         return manifest
     differences = [
         f"{name} is {manifest.inputs.get(name, 'absent')} there and {inputs.get(name, 'absent')} here"
@@ -225,136 +195,7 @@ def _reuse(dataset_uri: str, key: str, inputs: dict[str, str], config: DataConfi
     )
 
 
-def _text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _read_sources(
-    config: DataConfig,
-    files: list[SourceFile],
-    inputs: dict[str, str],
-    dataset_uri: str,
-    work_uri: str,
-    report: Callable[[PrepareProgress], None],
-) -> _Spool:
-    """Read every file once: rejects to `rejects.jsonl`, kept documents to the spool."""
-    seen: set[bytes] = set()
-    hashes: list[int] = []
-    reasons: Counter[str] = Counter()
-    sources: list[SourceInfo] = []
-    num_records = num_duplicates = 0
-    spool = _SpoolWriter(work_uri)
-    rejects_uri = storage.join(dataset_uri, "rejects.jsonl")
-    with storage.publish(rejects_uri) as rejects:
-        for number, file in enumerate(files):
-            report(PrepareProgress("read", number, len(files), num_records, sum(reasons.values())))
-            before, rejects_before = num_records, sum(reasons.values())
-            for record in read_records(file, config.rejects.max_record_bytes):
-                num_records += 1
-                if isinstance(record, Reject):
-                    reasons[record.reason.partition(":")[0]] += 1
-                    line = {"file": file.uri, "line": record.line, "reason": record.reason}
-                    rejects.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-                    continue
-                digest = _text_hash(record.text)
-                if config.split.deduplicate:
-                    if digest in seen:
-                        num_duplicates += 1
-                        continue
-                    seen.add(digest)
-                value = int.from_bytes(digest[:8], "little")
-                hashes.append(value)
-                spool.add(record.text, value)
-            sources.append(
-                SourceInfo(
-                    file=file.uri,
-                    digest=inputs[f"source file {number} (content)"],
-                    num_records=num_records - before,
-                    num_rejects=sum(reasons.values()) - rejects_before,
-                )
-            )
-    spool.close()
-    report(PrepareProgress("read", len(files), len(files), num_records, sum(reasons.values())))
-    _check_rejects(config, num_records, dict(reasons), dataset_uri)
-    if not hashes:
-        raise SourceError(
-            f"{', '.join(file.uri for file in files[:5])}: {num_records} records were read and none holds text. "
-            "Add text, or name another column in data.sources."
-        )
-    return _Spool(
-        chunks=spool.uris,
-        sources=tuple(sources),
-        num_records=num_records,
-        num_duplicates=num_duplicates,
-        reject_reasons=dict(sorted(reasons.items())),
-        eval_below=_eval_below(config.split.eval, hashes),
-    )
-
-
-def _check_rejects(config: DataConfig, num_records: int, reasons: dict[str, int], dataset_uri: str) -> None:
-    num_rejects = sum(reasons.values())
-    if num_rejects > config.rejects.max_fraction * num_records:
-        causes = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items()))
-        raise SourceError(
-            f"data.rejects.max_fraction={config.rejects.max_fraction}: {num_rejects} of {num_records} records are bad "
-            f"({causes}); {storage.join(dataset_uri, 'rejects.jsonl')} names file, line and reason of each. "
-            "Repair the source or raise the limit."
-        )
-
-
-def _eval_below(share: float, hashes: list[int]) -> int:
-    """The hash below which a document is held out.
-
-    A small corpus may have no document below `share`, or all: then the one with the smallest hash is held out, or the
-    one with the largest is kept, so that both parts have at least one.
-    """
-    if share == 0.0:
-        return 0
-    smallest, largest = min(hashes), max(hashes)
-    if smallest == largest:
-        raise SourceError(
-            f"data.split.eval={share}: the sources hold one distinct document, which cannot be both trained on and "
-            "held out. Add text, or set data.split.eval=0."
-        )
-    return min(max(int(share * _HASH_RANGE), smallest + 1), largest)
-
-
-class _SpoolWriter:
-    """Collects documents into Arrow files of about _CHUNK_BYTES of text."""
-
-    def __init__(self, work_uri: str) -> None:
-        self.uris: list[str] = []
-        self._work_uri = work_uri
-        self._texts: list[str] = []
-        self._hashes: list[int] = []
-        self._size = 0
-
-    def add(self, text: str, value: int) -> None:
-        self._texts.append(text)
-        self._hashes.append(value)
-        self._size += len(text) if text.isascii() else len(text) * 3
-        if self._size >= _CHUNK_BYTES:
-            self.close()
-
-    def close(self) -> None:
-        if not self._texts:
-            return
-        table = pa.table(
-            {"text": pa.array(self._texts, pa.large_string()), "hash": pa.array(self._hashes, pa.uint64())}
-        )
-        uri = storage.join(self._work_uri, f"chunk-{len(self.uris):06d}.arrow")
-        with storage.publish(uri) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        self.uris.append(uri)
-        self._texts, self._hashes, self._size = [], [], 0
-
-
-def _read_chunk(uri: str) -> tuple[list[str], npt.NDArray[np.uint64]]:
-    table = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()
-    return table.column("text").to_pylist(), table.column("hash").to_numpy()
-
-
-def _train(config: DataConfig, spool: _Spool, report: Callable[[PrepareProgress], None]) -> TokenizerFiles:
+def _train(config: DataConfig, spool: Spool, report: Callable[[PrepareProgress], None]) -> TokenizerFiles:
     """Train the tokenizer on the training part."""
     train = config.tokenizer.to_train
     if train is None:
@@ -363,7 +204,7 @@ def _train(config: DataConfig, spool: _Spool, report: Callable[[PrepareProgress]
     def training_texts() -> Iterator[str]:
         for number, uri in enumerate(spool.chunks):
             report(PrepareProgress("tokenizer", number, len(spool.chunks), spool.num_records, spool.num_rejects))
-            texts, hashes = _read_chunk(uri)
+            texts, hashes = read_chunk(uri)
             yield from (text for text, value in zip(texts, hashes, strict=True) if value >= spool.eval_below)
 
     return train_tokenizer(train, training_texts())
@@ -372,7 +213,7 @@ def _train(config: DataConfig, spool: _Spool, report: Callable[[PrepareProgress]
 def _encode_chunk(chunk: _Chunk) -> _Encoded:
     """Encode one chunk; pure in the chunk's content."""
     tokenizer = load_encoder(chunk.tokenizer_uri, chunk.tokenizer_digest)
-    texts, hashes = _read_chunk(chunk.uri)
+    texts, hashes = read_chunk(chunk.uri)
     held_out = hashes < np.uint64(chunk.eval_below)
     encode = partial(encode_documents, tokenizer, eos_id=chunk.eos_id, dtype=np.dtype(chunk.token_dtype))
     return _Encoded(
@@ -426,7 +267,7 @@ class _ShardWriter:
 def _write_shards(
     config: DataConfig,
     dataset_uri: str,
-    spool: _Spool,
+    spool: Spool,
     tokenizer: TokenizerFiles,
     mapper: Mapper,
     report: Callable[[PrepareProgress], None],

@@ -57,20 +57,25 @@ def find_files(sources: tuple[SourceConfig, ...]) -> list[SourceFile]:
     files: list[SourceFile] = []
     for number, source in enumerate(sources):
         key = f"data.sources.{number}.path={source.path}"
-        if any(mark in source.path for mark in "*?["):
-            found = storage.glob_files(source.path)
-            if not found:
-                raise SourceError(f"{key}: no file matches. Correct the pattern; it is relative to the YAML file.")
-        else:
-            if not storage.exists(source.path):
-                raise SourceError(f"{key}: the file does not exist. Correct the path; it is relative to the YAML file.")
-            if storage.is_local(source.path) and storage.local_path(source.path).is_dir():
-                raise SourceError(
-                    f"{key}: this is a folder. Name its files, for example {source.path.rstrip('/')}/*.csv."
-                )
-            found = [source.path]
+        try:
+            found = _matching(key, source.path)
+        except OSError as error:
+            raise SourceError(f"{key}: it cannot be looked up: {error}. Check the address and the rights.") from error
         files.extend(SourceFile(uri, source) for uri in found)
     return files
+
+
+def _matching(key: str, path: str) -> list[str]:
+    if any(mark in path for mark in "*?["):
+        found = storage.glob_files(path)
+        if not found:
+            raise SourceError(f"{key}: no file matches. Correct the pattern; it is relative to the YAML file.")
+        return found
+    if not storage.exists(path):
+        raise SourceError(f"{key}: the file does not exist. Correct the path; it is relative to the YAML file.")
+    if storage.is_local(path) and storage.local_path(path).is_dir():
+        raise SourceError(f"{key}: this is a folder. Name its files, for example {path.rstrip('/')}/*.csv.")
+    return [path]
 
 
 def fingerprint(uri: str) -> str:

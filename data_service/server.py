@@ -24,7 +24,7 @@ import pyarrow.flight as flight
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.cache import ShardCache
-from data_service.control import HEARTBEAT_S, bearer_metadata
+from data_service.control import CHANNEL_OPTIONS, HEARTBEAT_S, bearer_metadata
 from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
@@ -155,10 +155,7 @@ class DataWorker:
         location = f"grpc://{self._host}:{self._port}"
         self._server = _FlightServer(location, self._token, manifest, rows, self._metrics)
         address = f"{self._host}:{self._server.port}"
-        channel = grpc.insecure_channel(
-            self._control_address,
-            options=(("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000)),
-        )
+        channel = grpc.insecure_channel(self._control_address, options=CHANNEL_OPTIONS)
         stub = pb_grpc.DataControlStub(channel)  # type: ignore[no-untyped-call]
         registration = pb.RegisterRequest(worker_id=self._worker_id, address=address, dataset_digest=manifest.digest)
         try:

@@ -71,7 +71,7 @@ def test_shards_are_of_one_size_and_know_where_documents_begin(dataset):
 
 @pytest.mark.timeout(180)
 def test_bytes_are_the_same_from_a_pool_of_processes(corpus, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_service.prepare._CHUNK_BYTES", 4096)
+    monkeypatch.setattr("data_service.spool._CHUNK_BYTES", 4096)
     prepare(small_config(corpus), str(tmp_path / "serial"))
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         sizes = []
