@@ -13,7 +13,7 @@ from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.access import DataAccess
 from data_service.client import NO_ROW, DataClient
-from data_service.control import Membership
+from data_service.control import CHANNEL_OPTIONS, Membership
 from data_service.errors import ConfigError, DataError, DataStalledError, DeliveryError, ShardCorruptError
 from data_service.hashing import row_crcs, sample_hash
 from data_service.order import rows_of_batch
@@ -57,6 +57,10 @@ def client(service):
     client = DataClient(service.access())
     yield client
     client.close()
+
+
+def flight_client(address):
+    return flight.FlightClient(f"grpc://{address}", generic_options=[("grpc.enable_http_proxy", 0)])
 
 
 def expected_rows(dataset, plan, batch):
@@ -218,7 +222,7 @@ def test_a_corrupt_shard_is_named_and_never_served(config, tmp_path):
 
 
 def test_callers_without_the_token_are_unauthenticated_on_both_planes(service, client):
-    channel = grpc.insecure_channel(service.control)
+    channel = grpc.insecure_channel(service.control, options=CHANNEL_OPTIONS)
     stub = pb_grpc.DataControlStub(channel)
     for metadata in ((), (("authorization", "Bearer wrong"),)):
         for method, request in (
@@ -234,7 +238,7 @@ def test_callers_without_the_token_are_unauthenticated_on_both_planes(service, c
     channel.close()
 
     ticket = flight.Ticket(Ticket(client.plan("train"), 0, 1, (0, 1)).to_bytes())
-    worker = flight.FlightClient(f"grpc://{service.workers[0]}")
+    worker = flight_client(service.workers[0])
     for headers in ([], [(b"authorization", b"Bearer wrong")]):
         options = flight.FlightCallOptions(timeout=5, headers=headers)
         with pytest.raises(flight.FlightUnauthenticatedError):
@@ -275,7 +279,7 @@ def test_bad_tickets_are_refused_and_the_worker_lives(service, client):
             damaged[chance.randrange(len(damaged))] = chance.choice(b'0123456789-{}[]",:ex\x00\xff')
         bad.append(bytes(damaged))
     refused = 0
-    worker = flight.FlightClient(f"grpc://{service.workers[0]}")
+    worker = flight_client(service.workers[0])
     options = flight.FlightCallOptions(timeout=5, headers=[(b"authorization", f"Bearer {TOKEN}".encode())])
     for number, ticket in enumerate(bad):
         try:
