@@ -1,4 +1,6 @@
 import concurrent.futures
+import contextlib
+import dataclasses
 import os
 import queue
 import socket
@@ -6,11 +8,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
+import psutil
 import pytest
 import ray
 
@@ -25,7 +27,7 @@ KEY = "a key for this test"
 pytestmark = pytest.mark.timeout(180)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Running:
     endpoint: Endpoint
     spec: ServeSpec
@@ -181,3 +183,35 @@ def test_a_missing_key_or_model_fails_before_anything_starts(running: Running, t
     with pytest.raises(ConfigError, match=r"config\.json"):
         deploy(ServeSpec(str(tmp_path), "tiny"))
     assert running.client.models.list().data
+
+
+def engine_process() -> psutil.Process:
+    children = psutil.Process().children(recursive=True)
+    found = [child for child in children if "ServeReplica:stormjib:Engine" in " ".join(child.cmdline())]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_lost_engine_is_told_to_clients_and_replaced(running: Running) -> None:
+    stream = running.client.completions.create(
+        model="tiny", prompt="x", max_tokens=3500, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    engine_process().kill()
+    with pytest.raises(openai.APIError) as failed:
+        list(stream)
+    assert "engine replica was lost" in str(failed.value)
+    deadline = time.monotonic() + 60
+    answer = None
+    while answer is None:
+        assert time.monotonic() < deadline
+        with contextlib.suppress(openai.InternalServerError):  # 503 until the new replica answers
+            answer = running.client.completions.create(model="tiny", prompt="x", max_tokens=2, timeout=20)
+
+
+def test_another_model_takes_over_at_the_same_address(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORMJIB_TEST_KEY", KEY)
+    updated = deploy(dataclasses.replace(running.spec, step=40))
+    assert updated.url == running.endpoint.url
+    answer = running.client.completions.create(model="tiny", prompt="x", max_tokens=2)
+    assert answer.system_fingerprint == updated.fingerprint == "step-40-0123456789abcdef"
