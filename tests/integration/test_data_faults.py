@@ -63,7 +63,7 @@ def test_a_killed_worker_changes_no_batch(config, dataset, truth):
             first.wait()
             began = time.monotonic()
             hashes += [hash_of([next(stream)]) for _ in range(NUM_BATCHES - 10)]
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 10.0
             assert hashes == truth
             client.close()
 
@@ -117,7 +117,7 @@ def test_one_stopped_worker_is_left_for_another(config, dataset, truth):
             os.kill(first.pid, signal.SIGSTOP)
             began = time.monotonic()
             hashes += [hash_of([next(stream)]) for _ in range(NUM_BATCHES - 5)]
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 10.0
             assert hashes == truth
             client.close()
 
@@ -141,5 +141,5 @@ def test_all_workers_stopped_is_a_stall_within_its_deadline(config, dataset):
 
         with pytest.raises(DataStalledError, match=r"within 3\.0 s \(data\.service\.stalled_s\)"):
             drain()
-        assert 2.0 < time.monotonic() - began < 5.0
+        assert 2.0 < time.monotonic() - began < 8.0
         client.close()

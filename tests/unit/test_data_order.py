@@ -95,9 +95,9 @@ def test_an_eval_plan_is_sequential_and_ends():
 def test_a_jump_is_as_cheap_as_a_start():
     plan = make(10**11 * 256, 256, 1024, 16_384, 16)
     rows_of_batch(plan, 0)
-    began = time.perf_counter()
+    began = time.process_time()
     rows = rows_of_batch(plan, 3 * plan.num_batches + 12_345_678)
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
     assert len(set(rows.tolist())) == 1024
     assert int(rows.max()) < plan.num_rows
 
