@@ -7,12 +7,14 @@ mode (`ray://`): remote use goes through Ray's Jobs API.
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from cluster.local_nodes import HEAD_RESOURCE, SLOT_RESOURCE, LocalCluster
 from cluster.node_request import requested_nodes
@@ -34,6 +36,8 @@ DATA_ROLE = "data"
 
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set in the entrypoint of a submitted Ray job (Ray 2.60, dashboard/modules/job/job_supervisor.py)."""
+_REACH_S = 10.0
+"""A head that is to be joined must take a connection within this time."""
 _HEAD_SPARE_CPUS = 2.0
 """Logical CPUs of a local head beyond those of the engine replicas: Serve's own actors, tasks of a preparation."""
 
@@ -178,12 +182,13 @@ def open_session(
 @contextmanager
 def _connected(address: str, node_host: str | None) -> Iterator[str]:
     """Connect this process; `node_host` names the node of this machine to attach to, where it has several."""
+    _check_reachable(address)
     where: dict[str, Any] = {} if node_host is None else {"_node_ip_address": node_host}
     try:
         context: Any = ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **where
         )
-    except (ConnectionError, ValueError, RuntimeError) as cause:
+    except (ConnectionError, ValueError, RuntimeError, RayError) as cause:
         raise ConfigError(
             f"cluster.address={address}: no Ray could be joined there: {cause} Start one (ray start --head), give the "
             "address of another, or set cluster.address=local."
@@ -193,6 +198,20 @@ def _connected(address: str, node_host: str | None) -> Iterator[str]:
     finally:
         with contextlib.suppress(RuntimeError):
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Try the address once; Ray itself would try for minutes (2.60)."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except OSError as cause:
+        raise ConfigError(
+            f"cluster.address={address}: no Ray could be joined there: {cause}. Start one (ray start --head), give the "
+            "address of another, or set cluster.address=local."
+        ) from cause
 
 
 def _joined_nodes(cluster: ClusterConfig, wanted: bool) -> contextlib.AbstractContextManager[None]:

@@ -43,7 +43,7 @@ def test_joins_a_running_cluster(running: LocalCluster, how: str, monkeypatch: p
             (head,) = session.nodes()
             assert head.is_head
             assert head.alive
-            assert head.slots == 2
+            assert head.slots == 3
             assert running.head is not None
             assert head.host == running.head.host
             if how == "address":
@@ -66,8 +66,6 @@ def test_refuses_local_nodes_inside_a_job(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("address", "words"), [("ray://127.0.0.1:10001", "submit a job"), ("127.0.0.1:1", "no Ray could be joined")]
 )
-@pytest.mark.timeout(120)
-def test_refuses_what_it_cannot_join(address: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
+def test_refuses_what_it_cannot_join(address: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words), open_session(ClusterConfig(address=address), ServeConfig()):
         pass
