@@ -211,6 +211,13 @@ class _Api:
             raise ModelNotFoundError(f"model={model!r} is not served here; {self._model_name!r} is.", "model")
 
     def _encode(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str) and len(prompt) > self._folder.max_positions * self._folder.longest_token:
+            # known without encoding, which would keep other requests waiting
+            raise PromptTooLongError(
+                f"the prompt's {len(prompt)} characters are more than {self._folder.max_positions} tokens can hold. "
+                "Shorten the prompt.",
+                "prompt",
+            )
         ids = self._folder.encode(prompt) if isinstance(prompt, str) else prompt
         if not ids:
             raise InvalidRequestError("the prompt has no tokens. Send some text.", "prompt")

@@ -28,6 +28,8 @@ class ModelFolder:
     """Tokens of prompt and completion together, at most."""
     vocab_size: int
     """Rows of the output matrix; token ids are below."""
+    longest_token: int
+    """Characters of the longest piece in the vocabulary: a text has at least length / longest_token tokens."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, special tokens as the tokenizer's own post-processor adds them."""
@@ -64,6 +66,7 @@ def read_model_folder(model_uri: str) -> ModelFolder:
         start_ids[0] if start_ids else None,
         config["max_position_embeddings"],
         config["vocab_size"],
+        max((len(piece) for piece in tokenizer.get_vocab()), default=1),
     )
 
 

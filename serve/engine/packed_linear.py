@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
 @functools.cache
 def packing_works(dtype: torch.dtype) -> bool:
     """Whether this torch has the operators and they multiply rightly on this CPU."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 32, generator=generator).to(dtype)

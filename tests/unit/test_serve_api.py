@@ -155,7 +155,8 @@ def test_echo_and_logprobs(folder: str) -> None:
         ({"prompt": {"a": 1}}, "prompt", "token ids"),
         ({"temprature": 1}, "temprature", "temperature"),
         ({"messages": []}, "messages", "Leave it out"),
-        ({"prompt": "x " * 3000}, "prompt", "256"),
+        ({"prompt": "x " * 300}, "prompt", "256"),
+        ({"prompt": "x " * 300_000}, "prompt", "characters"),
         ({"n": 100, "prompt": ["a", "b"]}, "n", "128"),
     ],
 )
