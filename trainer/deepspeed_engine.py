@@ -131,6 +131,8 @@ class TrainEngine:
                 dist_init_required=False,
             )[0]
         _log.debug("deepspeed: %s", said.getvalue().strip())
+        if isinstance(self._model, StagePipeline):
+            self._model.schedule_exact_ties(self._engine)
         _bound_all_groups(timedelta(seconds=train.collective_timeout_s))
         allocate_moments(self._adamw)
         self.views: list[StateView] = (

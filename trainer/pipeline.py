@@ -12,8 +12,11 @@ from collections.abc import Iterator, Sequence
 
 from deepspeed.pipe import LayerSpec as StageLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from trainer.attention import CausalContext
 from trainer.model import (
@@ -98,6 +101,16 @@ def _project(embedding: Embedding, normed_BTD: Tensor) -> Tensor:
     return embedding.project(normed_BTD)
 
 
+def _reduce_ties(engine: PipelineEngine) -> None:
+    """Replaces `PipelineEngine._exec_reduce_tied_grads`; see `StagePipeline.schedule_exact_ties`."""
+    pipeline: StagePipeline = engine.module
+    for weight, _ in pipeline.get_tied_weights_and_groups():
+        gradient = weight._hp_grad if engine.using_bf16_optimizer else weight.grad
+        dist.all_reduce(gradient, group=pipeline._tied_group)
+        if engine.grid.get_data_parallel_id() != 0:
+            gradient.zero_()
+
+
 class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no types
     """This rank's stage, with the canonical names of its parameters."""
 
@@ -126,12 +139,25 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
             topology=ProcessTopology(axes=["data", "pipe"], dims=[dp, pp]),
             loss_fn=weighted_loss,
         )
+        holders = [rank for rank in range(dp * pp) if rank % pp in (0, pp - 1)]
+        self._tied_group = dist.new_group(holders) if config.tie_embeddings else None
 
     def _partition_layers(self, method: str = "parameters") -> None:
         """Cut by our own bounds (overrides DeepSpeed 0.19.8, which balances parameter counts and prints them)."""
         self.parts = [*self._bounds[:-1], len(self._layer_specs)]
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def schedule_exact_ties(self, engine: PipelineEngine) -> None:
+        """Make an engine of this pipeline reduce tied gradients so that both copies get the same bits.
+
+        DeepSpeed 0.19.8 adds the two stages' gradients in each pipeline and then averages over dp, each stage in its
+        own buffer. From three pipelines on, a collective adds in an order that depends on the place in the buffer, and
+        the copies drift apart by rounding. Here one sum over all holders of the matrix comes first, and only dp index 0
+        takes it into the average: adding zeros is exact in any order.
+        """
+        if self._tied_group is not None:
+            engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: _reduce_ties}
 
     def named_stage_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter of this stage, in the order of the layers."""

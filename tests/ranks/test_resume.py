@@ -16,10 +16,23 @@ from trainer.stages import stage_bounds
 
 SOURCE = Case(2, 2)
 SAME_MESH = [Case(2, 1), Case(2, 1, zero=2), Case(2, 2), Case(2, 1, zero=0), Case(2, 2, precision="bf16")]
+MORE_SAME_MESH = [
+    Case(1, 1),
+    Case(1, 2),
+    Case(1, 3),
+    Case(3, 1),
+    Case(3, 1, zero=0),
+    Case(3, 1, zero=2),
+    Case(3, 2),
+    Case(2, 1, zero=2, precision="bf16"),
+    Case(2, 2, tied=False),
+]
 OTHER_MESHES = [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(2, 1, zero=0)]
 
 
-@pytest.mark.parametrize("case", SAME_MESH, ids=str)
+@pytest.mark.parametrize(
+    "case", [*SAME_MESH, *(pytest.param(case, marks=pytest.mark.long) for case in MORE_SAME_MESH)], ids=str
+)
 def test_a_resumed_run_equals_one_never_stopped(lab: Lab, case: Case) -> None:
     whole = lab.reference(case)
     resumed, folder = lab.resume(case, case, f"resumed-{case}")
