@@ -11,6 +11,7 @@ from serve.config import ServeConfig
 from serve.engine.core import EngineCore
 from serve.engine.driver import EngineDriver
 from serve.engine.messages import Delta, EngineRequest
+from serve.engine.packed_linear import PackedLinear, packing_works
 from serve.engine.sequence import SamplingParams
 from serve.errors import EngineFailedError, OverloadedError
 from serve.generate import stream_text
@@ -102,6 +103,29 @@ def test_ninth_has_its_first_token_before_the_first_eight_end(folder: str) -> No
     assert ("ninth", 0) in {(request_id, delta.index) for request_id, delta in first_of_ninth}
     assert all(delta.finish_reason is None for _, delta in first_of_ninth)
     assert len(first_of_ninth) == 9
+
+
+def test_eight_streams_share_their_passes(folder: str) -> None:
+    """What bounds the wall time of eight by that of one: a pass decodes all of them (seconds: benchmarks/serving.py)."""
+    alone, together = engine(folder), engine(folder)
+    alone.add(EngineRequest("one", (prompts(folder, 8)[-1],), 1, GREEDY))
+    together.add(EngineRequest("eight", tuple(prompts(folder, 8)), 1, GREEDY))
+    drain(alone)
+    drain(together)
+    assert together.stats().tokens_out == 8 * alone.stats().tokens_out
+    assert together.stats().passes == alone.stats().passes == 24
+
+
+def test_packed_matrices_multiply_as_plain_ones() -> None:
+    if not packing_works(torch.float32):
+        pytest.skip("this torch or CPU has no packed matrices")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=generator)
+    with torch.inference_mode():
+        packed = PackedLinear(weight)
+        for rows in (1, 2, 8, 33):
+            x = torch.randn(1, rows, 64, generator=generator)
+            torch.testing.assert_close(packed(x), x @ weight.T, atol=1e-4, rtol=1e-4)
 
 
 def test_prompt_in_chunks_beside_decoding_changes_nothing(folder: str, reference: torch.nn.Module) -> None:
