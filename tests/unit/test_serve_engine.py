@@ -106,7 +106,7 @@ def test_ninth_has_its_first_token_before_the_first_eight_end(folder: str) -> No
 
 
 def test_eight_streams_share_their_passes(folder: str) -> None:
-    """What bounds the wall time of eight by that of one: a pass decodes all of them (seconds: benchmarks/serving.py)."""
+    """What bounds the wall time of eight: a pass decodes all of them (in seconds: benchmarks/serving.py)."""
     alone, together = engine(folder), engine(folder)
     alone.add(EngineRequest("one", (prompts(folder, 8)[-1],), 1, GREEDY))
     together.add(EngineRequest("eight", tuple(prompts(folder, 8)), 1, GREEDY))
