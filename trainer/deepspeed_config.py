@@ -5,6 +5,7 @@ reads, and the switches that keep ranks from compiling anything. Builds no engin
 """
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -77,8 +78,10 @@ def rank_environment(
 
 
 def quiet() -> None:
-    """Keep DeepSpeed's own log lines below warnings out of the rank's log."""
+    """Keep DeepSpeed's log lines below warnings, and torch's warnings about DeepSpeed's own calls, out of the log."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="c10d::.*an autograd kernel was not registered", category=UserWarning)
 
 
 def switch_off_builds() -> None:

@@ -82,5 +82,4 @@ def test_ranks_compile_nothing_and_say_nothing(lab: Lab, tmp_path: Path) -> None
     assert [outcome.returned[rank] for rank in range(4)] == [[]] * 4
     assert not (tmp_path / "extensions").exists()
     for log in outcome.logs:
-        assert "[INFO]" not in log.read_text()
-        assert len(log.read_text().splitlines()) < 5
+        assert log.read_text() == ""
