@@ -115,8 +115,7 @@ def deploy(spec: ServeSpec) -> Endpoint:
         ConfigError: the model folder cannot be served, the port is taken, or the key's variable is not set.
         ServeError: the replicas did not come up.
     """
-    folder = read_model_folder(spec.model_uri)
-    del folder  # read here only to fail early, with the user's message
+    read_model_folder(spec.model_uri)  # fails early, with the user's message
     key = _read_key(spec.config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = _running_http()
