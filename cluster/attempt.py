@@ -20,6 +20,8 @@ from cluster.events import Event
 from cluster.policies import Failure, RankExit, classify_failure
 from cluster.run_store import RunWriter
 from cluster.states import RunState
+from data_service.audit import SampleAudit
+from data_service.errors import StormjibError
 from trainer.protocol import (
     EvalReport,
     FinishedReport,
@@ -86,6 +88,7 @@ class Attempt:
         writer: RunWriter,
         committer: CheckpointCommitter,
         console: RunConsole,
+        audit: SampleAudit | None,
         *,
         best_step_before: int,
         stop_requested: Callable[[], bool],
@@ -97,6 +100,7 @@ class Attempt:
         self._writer = writer
         self._committer = committer
         self._console = console
+        self._audit = audit
         self._number = writer.events.attempt
         self._world_size = sum(len(specs) for specs in ranks_by_node.values())
         self._best_step_before = best_step_before
@@ -124,9 +128,25 @@ class Attempt:
                 _log.warning("node %s did not start its ranks: %s", node[:8], error)
                 self._lost_nodes.add(node)
         watches = {node: _Watch(handle) for node, handle in self._agents.items()}
+        try:
+            self._follow(watches)
+        except StormjibError:
+            self._end_ranks(watches)
+            raise
+        return self._outcome(watches)
+
+    def _follow(self, watches: Mapping[str, _Watch]) -> None:
+        """Take the agents' events until the attempt is over.
+
+        Raises:
+            DeliveryError: the ranks consumed other rows than the plan's.
+            CheckpointError: a checkpoint could not be committed.
+        """
         polls = {self._poll(watch): node for node, watch in watches.items()}
         while not self._is_over():
             self._pass_on_stop()
+            if self._audit is not None:
+                self._audit.raise_problem()
             ready, _ = ray.wait(list(polls), num_returns=1, timeout=0.2)
             for ref in ready:
                 node = polls.pop(ref)
@@ -138,7 +158,6 @@ class Attempt:
                     self._lose(node)
             if self.timing.ready is None and time.monotonic() - self.timing.started > START_S:
                 break
-        return self._outcome(watches)
 
     def _poll(self, watch: _Watch) -> Any:
         watch.asked = time.monotonic()
@@ -221,6 +240,8 @@ class Attempt:
             "data_wait_s": round(report.data_wait_s, 5),
         }
         self._writer.append_metrics(record)
+        if self._audit is not None:
+            self._audit.submit(report.step, report.sample_hash)
         self._console.step(report.step, report.loss, report.tokens / max(report.step_s, 1e-9))
         if self.timing.first_step is None:
             self.timing.first_step = time.monotonic()

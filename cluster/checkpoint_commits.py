@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from cluster.events import Event
 from cluster.run_store import RunWriter
+from data_service.audit import SampleAudit
 from trainer import manifest
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError
@@ -14,6 +15,9 @@ from trainer.protocol import PartReport
 __all__ = ["CheckpointCommitter"]
 
 _log = logging.getLogger(__name__)
+
+AUDIT_S = 5.0
+"""A checkpoint waits so long for the audit of its steps."""
 
 
 @dataclass
@@ -26,10 +30,11 @@ class _Pending:
 class CheckpointCommitter:
     """Collects the receipts of one attempt and commits a step when every rank has reported its part."""
 
-    def __init__(self, writer: RunWriter, config: CheckpointConfig, world_size: int) -> None:
+    def __init__(self, writer: RunWriter, config: CheckpointConfig, world_size: int, audit: SampleAudit | None) -> None:
         self._writer = writer
         self._config = config
         self._world_size = world_size
+        self._audit = audit
         self._pending: dict[int, _Pending] = {}
 
     def add(self, report: PartReport) -> int | None:
@@ -37,6 +42,7 @@ class CheckpointCommitter:
 
         Raises:
             CheckpointError: the parts do not cover the model exactly once, or another attempt has fenced this one out.
+            DeliveryError: a step up to this one consumed wrong rows.
         """
         pending = self._pending.setdefault(report.step, _Pending())
         pending.receipts[report.rank] = report.receipt
@@ -45,6 +51,7 @@ class CheckpointCommitter:
         if len(pending.receipts) < self._world_size or pending.state is None:
             return None
         del self._pending[report.step]
+        self._await_audit(report.step)
         receipts = [pending.receipts[rank] for rank in sorted(pending.receipts)]
         uri = self._writer.folder.checkpoints_uri
         manifest.commit(uri, report.step, self._writer.events.attempt, receipts, pending.state)
@@ -59,6 +66,12 @@ class CheckpointCommitter:
         )
         self._prune(uri)
         return report.step
+
+    def _await_audit(self, step: int) -> None:
+        if self._audit is not None and not self._audit.settle(step, AUDIT_S):
+            _log.warning(
+                "step %d is committed before its rows were audited: reading them took over %s s", step, AUDIT_S
+            )
 
     def _prune(self, uri: str) -> None:
         history = self._writer.folder.history()

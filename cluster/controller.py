@@ -23,6 +23,8 @@ from cluster.policies import FailureBudget, decide_recovery
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from data_service.access import DataAccess
+from data_service.audit import SampleAudit
+from data_service.plan import make_plan
 from data_service.shards import DatasetManifest
 from trainer import manifest as checkpoints
 from trainer.protocol import WorkerSpec
@@ -72,6 +74,7 @@ class Controller:
         self._data: DataServiceHandle | None = None
         self._looked_deep = False
         self._told_skipped: set[int] = set()
+        self._audit = self._make_audit()
 
     def train(self) -> TrainOutcome:
         """Train to `train.steps`, through losses.
@@ -98,6 +101,22 @@ class Controller:
             self._console.stop()
             if self._data is not None:
                 self._data.stop()
+            if self._audit is not None:
+                self._audit.close()
+
+    def _make_audit(self) -> SampleAudit | None:
+        config = self._config
+        if not config.data.service.audit:
+            return None
+        plan = make_plan(
+            self._dataset,
+            "train",
+            config.run.seed,
+            config.data.seq_len,
+            config.train.global_batch,
+            config.data.shuffle_window_shards,
+        )
+        return SampleAudit(config.dataset_uri, plan, config.data.service.cache_bytes)
 
     def _start_data(self) -> DataAccess:
         config = self._config
@@ -120,6 +139,8 @@ class Controller:
         resume = self._newest_checkpoint()
         self._writer.discard_after(resume or 0)
         self._writer.next_attempt()
+        if self._audit is not None:
+            self._audit.forget()
         if self._loss is not None:
             self._loss.placed, self._loss.resume_step = time.monotonic(), resume or 0
         mesh = placement.mesh
@@ -136,8 +157,9 @@ class Controller:
             self._pool.agents(),
             specs,
             self._writer,
-            CheckpointCommitter(self._writer, config.train.checkpoint, mesh.world_size),
+            CheckpointCommitter(self._writer, config.train.checkpoint, mesh.world_size, self._audit),
             self._console,
+            self._audit,
             best_step_before=self._best_step,
             stop_requested=self._stop_requested,
             on_idle_node_lost=self._lose_idle_node,

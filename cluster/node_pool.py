@@ -131,8 +131,8 @@ class NodePool:
 
     def keep_warm(self) -> None:
         """Have as many standby processes on each node as it has slots; they start in the background."""
-        for node, agent in self._agents.items():
-            agent.warm.remote(self._infos[node].slots)
+        for agent in self._agents.values():
+            agent.warm.remote()
 
     def rendezvous(self, node: str) -> Rendezvous:
         """A free port on a node, for the ranks to meet at."""

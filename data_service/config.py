@@ -118,6 +118,8 @@ class DataServiceConfig(Section):
     """A rank that got no batch from any worker for this long fails with DataStalledError."""
     cache_bytes: int = Field(1 << 30, gt=0)
     """Most bytes of shards a data worker keeps in memory."""
+    audit: bool = True
+    """The controller reads the rows of every step from the shards itself and compares their hash with the ranks'."""
 
 
 class DataConfig(Section):

@@ -6,9 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from data_service.audit import SampleAudit
+from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
 from data_service.order import rows_of_batch
-from data_service.plan import Plan
+from data_service.plan import Plan, make_plan
 from data_service.rows import RowSource
 from data_service.schema import RowBlock
 from tests.helpers.ranks import RanksFailedError, specs_of
@@ -16,6 +18,7 @@ from tests.helpers.row_service import row_service
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, SEQ_LEN, STEPS, Case, Lab
 
 WRONG_STEP = 5
+WINDOW_SHARDS = 2
 
 
 class _WrongTokens(RowSource):
@@ -42,13 +45,26 @@ class _WrongRow(RowSource):
         return super().read(plan, wanted)
 
 
-def test_wrong_tokens_change_the_hash_of_their_step(lab: Lab) -> None:
+def test_wrong_tokens_change_the_hash_of_their_step_and_the_audit_finds_it(lab: Lab) -> None:
+    """The lie is consistent, so no rank can see it; who reads the dataset itself can."""
     expected = lab.reference(Case(1, 1)).steps
     with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED, sources=(_WrongTokens,)) as service:
         spec = replace(lab.spec(Case(1, 1), lab.folder / "wrong-tokens"), data=service.access)
         found = lab.server.run(lab.program, specs_of(spec)).steps
+        plan = make_plan(service.manifest, "train", SEED, SEQ_LEN, GLOBAL_BATCH, WINDOW_SHARDS)
+        dataset = str(service.dataset)
     differing = [step for step in range(1, STEPS + 1) if found[step].sample_hash != expected[step].sample_hash]
     assert differing == [WRONG_STEP]
+    audit = SampleAudit(dataset, plan, cache_bytes=1 << 20)
+    try:
+        for step in range(1, WRONG_STEP):
+            audit.submit(step, found[step].sample_hash)
+        assert audit.settle(WRONG_STEP - 1, deadline_s=30)
+        audit.submit(WRONG_STEP, found[WRONG_STEP].sample_hash)
+        with pytest.raises(DeliveryError, match=f"step {WRONG_STEP}: the rows that the ranks consumed"):
+            audit.settle(WRONG_STEP, deadline_s=30)
+    finally:
+        audit.close()
 
 
 @pytest.mark.parametrize("case", [Case(1, 1), Case(1, 2)], ids=str)
