@@ -93,6 +93,7 @@ class Attempt:
         best_step_before: int,
         stop_requested: Callable[[], bool],
         on_idle_node_lost: Callable[[str], None],
+        watch_data: Callable[[], None],
         on_first_step: Callable[[int, AttemptTiming], None],
     ) -> None:
         self._agents = dict(agents)
@@ -106,6 +107,8 @@ class Attempt:
         self._best_step_before = best_step_before
         self._stop_requested = stop_requested
         self._on_idle_node_lost = on_idle_node_lost
+        self._watch_data = watch_data
+        self._idle_lost: set[str] = set()
         self._on_first_step = on_first_step
         self._ready: dict[int, dict[str, float]] = {}
         self._finished: dict[int, FinishedReport] = {}
@@ -145,6 +148,7 @@ class Attempt:
         polls = {self._poll(watch): node for node, watch in watches.items()}
         while not self._is_over():
             self._pass_on_stop()
+            self._watch_data()
             if self._audit is not None:
                 self._audit.raise_problem()
             ready, _ = ray.wait(list(polls), num_returns=1, timeout=0.2)
@@ -179,7 +183,8 @@ class Attempt:
     def _lose(self, node: str) -> None:
         if self._ranks_by_node.get(node):
             self._lost_nodes.add(node)
-        else:
+        elif node not in self._idle_lost:
+            self._idle_lost.add(node)
             self._on_idle_node_lost(node)
 
     def _handle(self, event: AgentEvent, node: str) -> None:
@@ -286,7 +291,7 @@ class Attempt:
         stops = {
             watches[node].handle.stop_attempt.remote(self._number): node
             for node in watches
-            if node not in self._lost_nodes
+            if node not in self._lost_nodes and node not in self._idle_lost
         }
         answered, silent = ray.wait(list(stops), num_returns=len(stops), timeout=STOP_S) if stops else ([], [])
         for ref in answered:

@@ -72,6 +72,7 @@ class Controller:
         self._best_step = writer.folder.history().last_step
         self._loss: _Loss | None = None
         self._data: DataServiceHandle | None = None
+        self._access: DataAccess | None = None
         self._looked_deep = False
         self._told_skipped: set[int] = set()
         self._audit = self._make_audit()
@@ -88,12 +89,12 @@ class Controller:
         if resume is not None and resume >= steps:
             self._console.say(f"step {resume} of {steps} is done already; raise train.steps to train on")
             return TrainOutcome("finished", resume)
-        access = self._start_data()
+        self._start_data()
         try:
             while True:
-                outcome = self._attempt(access)
+                outcome = self._attempt()
                 if outcome.kind == "lost":
-                    access = self._recover(outcome, access)
+                    self._recover(outcome)
                     continue
                 self._console.stop()
                 return TrainOutcome("finished" if outcome.kind == "finished" else "stopped", outcome.last_step)
@@ -118,7 +119,7 @@ class Controller:
         )
         return SampleAudit(config.dataset_uri, plan, config.data.service.cache_bytes)
 
-    def _start_data(self) -> DataAccess:
+    def _start_data(self) -> None:
         config = self._config
         self._data = DataServiceHandle(
             config.dataset_uri,
@@ -128,11 +129,16 @@ class Controller:
             host_by_node=self._pool.data_hosts(),
             head_node=self._pool.head_node(),
         )
-        access = self._data.start()
+        self._access = self._data.start()
         self._writer.events.write(Event.DATA_SERVICE_READY, fields={"workers": self._data.describe()})
-        return access
 
-    def _attempt(self, access: DataAccess) -> AttemptOutcome:
+    def _repair_data(self) -> None:
+        """Replace what died of the data service; ranks of the attempt that runs have others to read from meanwhile."""
+        assert self._data is not None, "data are served before the first attempt"
+        self._access = self._data.repair(self._pool.data_hosts())
+        self._writer.events.write(Event.DATA_SERVICE_READY, fields={"workers": self._data.describe()})
+
+    def _attempt(self) -> AttemptOutcome:
         config, events = self._config, self._writer.events
         placement = self._place()
         events.enter(RunState.PLACING)
@@ -152,7 +158,7 @@ class Controller:
             f"attempt {events.attempt}: dp {mesh.dp} x pp {mesh.pp} on {placement.describe_text(self._pool.names())}, "
             + (f"from the checkpoint of step {resume}" if resume is not None else "from initial weights")
         )
-        specs = self._specs(placement, access, resume)
+        specs = self._specs(placement, resume)
         attempt = Attempt(
             self._pool.agents(),
             specs,
@@ -163,6 +169,7 @@ class Controller:
             best_step_before=self._best_step,
             stop_requested=self._stop_requested,
             on_idle_node_lost=self._lose_idle_node,
+            watch_data=self._watch_data,
             on_first_step=self._first_step,
         )
         outcome = attempt.run()
@@ -182,8 +189,9 @@ class Controller:
         self._writer.events.enter(RunState.PENDING)
         self._console.say(reason)
 
-    def _specs(self, placement: Placement, access: DataAccess, resume: int | None) -> Mapping[str, list[WorkerSpec]]:
+    def _specs(self, placement: Placement, resume: int | None) -> Mapping[str, list[WorkerSpec]]:
         config, mesh = self._config, placement.mesh
+        assert self._access is not None, "data are served before the first attempt"
         first = self._pool.rendezvous(placement.node_of(0))
         spec = WorkerSpec(
             attempt=self._writer.events.attempt,
@@ -200,7 +208,7 @@ class Controller:
             vocab_size=self._dataset.vocab_size,
             model=config.model,
             train=config.train,
-            data=access,
+            data=self._access,
             checkpoints_uri=self._writer.folder.checkpoints_uri,
             resume_step=resume,
             threads=max(1, int(config.cluster.node.cpus_per_slot)),
@@ -230,7 +238,7 @@ class Controller:
                 self._console.say(f"checkpoint of step {item.step} is left out: {item.reason}")
         return None if found is None else found.step
 
-    def _recover(self, outcome: AttemptOutcome, access: DataAccess) -> DataAccess:
+    def _recover(self, outcome: AttemptOutcome) -> None:
         """Decide whether the run goes on; repairs the data service for the next attempt."""
         failure = outcome.failure
         assert failure is not None, "a lost attempt names its failure"
@@ -251,16 +259,23 @@ class Controller:
             raise RunFailedError(f"the run failed at step {outcome.last_step}: {decision.reason}")
         if self._loss is None:
             self._loss = _Loss(outcome.last_step, 0, outcome.timing)
-        assert self._data is not None, "data are served before the first attempt"
-        return self._data.repair(self._pool.data_hosts()) if failure.lost_nodes else access
+        if failure.lost_nodes:
+            self._repair_data()
 
     def _lose_idle_node(self, node: str) -> None:
         """A node without ranks went: the ranks go on, and the data service gets a new worker."""
         self._pool.forget(node)
         self._writer.events.write(Event.NODE_LOST, node_id=node)
         self._console.say(f"node {node[:8]} was lost; it held no rank")
+        self._repair_data()
+
+    def _watch_data(self) -> None:
+        """Replace data workers that died on a node that lives; the ranks have others to read from meanwhile."""
         assert self._data is not None, "data are served before the first attempt"
-        self._data.repair(self._pool.data_hosts())
+        if self._data.watch():
+            self._writer.events.write(Event.DATA_WORKER_LOST)
+            self._console.say("a data worker died and is replaced")
+            self._repair_data()
 
     def _first_step(self, step: int, timing: AttemptTiming) -> None:
         """The first step of an attempt: what a recovery took is known now."""

@@ -5,6 +5,7 @@ process: when that ends, whatever ends it, they end too.
 """
 
 import logging
+import os
 import secrets
 import time
 from collections import Counter
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 START_S = 60.0
 """Control plane and workers must be up within this time."""
+WATCH_EVERY_S = 2.0
+"""How often an actor is asked whether it lives."""
 PING_S = 3.0
 """An actor that does not answer for this long while the service is repaired is taken for lost."""
 
@@ -41,9 +44,9 @@ class _ControlActor:
 
         self._server = ControlServer(dataset_uri, seed, config, global_batch, token, host=host)
 
-    def start(self) -> str:
-        """Serve; returns `host:port`."""
-        return self._server.start()
+    def start(self) -> tuple[str, int]:
+        """Serve; returns `host:port` and the process id."""
+        return self._server.start(), os.getpid()
 
     def ping(self) -> None:
         """Answer."""
@@ -57,9 +60,9 @@ class _WorkerActor:
 
         self._worker = DataWorker(dataset_uri, control, token, host=host, cache_bytes=cache_bytes)
 
-    def start(self) -> str:
-        """Serve and register; returns `host:port`."""
-        return self._worker.start()
+    def start(self) -> tuple[str, int]:
+        """Serve and register; returns `host:port` and the process id."""
+        return self._worker.start(), os.getpid()
 
     def ping(self) -> None:
         """Answer."""
@@ -72,7 +75,7 @@ class _Served:
     node_id: str
     actor: Any
     started: Any
-    """Reference to the address it serves at."""
+    """Reference to the address it serves at and its process id."""
 
 
 class DataServiceHandle:
@@ -107,6 +110,8 @@ class DataServiceHandle:
         self._token = secrets.token_hex(32)
         self._control: _Served | None = None
         self._workers: list[_Served] = []
+        self._pings: dict[Any, _Served] = {}
+        self._asked = 0.0
 
     def start(self) -> DataAccess:
         """Start control plane and workers; returns when all of them serve.
@@ -147,11 +152,38 @@ class DataServiceHandle:
             self._address(self._workers[0])
         return self._access(control)
 
-    def describe(self) -> list[dict[str, str]]:
-        """Node and address of each worker that has started."""
+    def watch(self) -> bool:
+        """Whether an actor of the service is dead; never blocks, and asks each one every two seconds at most.
+
+        An actor that only keeps silent is not dead: ranks go round it, or fail by their own deadline.
+        """
+        if time.monotonic() - self._asked >= WATCH_EVERY_S:
+            self._asked = time.monotonic()
+            asked = set(self._pings.values())
+            for served in [*self._workers, *([self._control] if self._control is not None else [])]:
+                if served not in asked:
+                    self._pings[served.actor.ping.remote()] = served
+        if not self._pings:
+            return False
+        dead = False
+        answered, _ = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0.0)
+        for ref in answered:
+            served = self._pings.pop(ref)
+            try:
+                ray.get(ref)
+            except RayActorError:
+                dead = dead or served is self._control or served in self._workers
+        return dead
+
+    def describe(self) -> list[dict[str, str | int]]:
+        """Node, address and process of each worker that has started."""
         by_ref = {worker.started: worker for worker in self._workers}
         ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0.0) if by_ref else ([], [])
-        return [{"node_id": by_ref[ref].node_id, "address": self._address(by_ref[ref])} for ref in ready]
+        described: list[dict[str, str | int]] = []
+        for ref in ready:
+            address, pid = self._started(by_ref[ref])
+            described.append({"node_id": by_ref[ref].node_id, "address": address, "pid": pid})
+        return described
 
     def stop(self) -> None:
         """End all actors of the service. May be called again."""
@@ -206,8 +238,12 @@ class DataServiceHandle:
         return [item for item in served if item in alive]
 
     def _address(self, served: _Served) -> str:
+        return self._started(served)[0]
+
+    def _started(self, served: _Served) -> tuple[str, int]:
         try:
-            return str(ray.get(served.started, timeout=START_S))
+            started: tuple[str, int] = ray.get(served.started, timeout=START_S)
+            return started
         except RayTaskError as error:
             if isinstance(error.cause, StormjibError):
                 raise error.cause from None

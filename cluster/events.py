@@ -23,12 +23,12 @@ class Event(StrEnum):
     STATE_CHANGED = "state_changed"  # previous
     NODES_READY = "nodes_ready"  # nodes: [{node_id, host, slots, pid}]
     DATASET_READY = "dataset_ready"  # digest, documents, tokens, rejects, seconds
-    DATA_SERVICE_READY = "data_service_ready"  # workers: [{node_id, address, pid}]
+    DATA_SERVICE_READY = "data_service_ready"  # workers: [{node_id, address, pid}], at the start of the service
     ATTEMPT_STARTED = "attempt_started"  # dp, pp, resume_step, ranks: [{rank, node_id, slot}]
     ATTEMPT_RUNNING = "attempt_running"  # phases: seconds by phase, the slowest rank's
     RANK_LOST = "rank_lost"  # rank, node_id, exit_code, reason
     NODE_LOST = "node_lost"  # node_id
-    DATA_WORKER_LOST = "data_worker_lost"  # node_id
+    DATA_WORKER_LOST = "data_worker_lost"
     ATTEMPT_STOPPED = "attempt_stopped"  # reason
     RECOVERED = "recovered"  # lost_step, resume_step, step, phases: {detect_s, stop_s, place_s, start_s, step_s}
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, bytes, seconds
