@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from cluster.config import RunConfig
 from cluster.console import RunConsole
@@ -14,32 +14,38 @@ from cluster.node_pool import NodePool
 from cluster.promotion import Export, newest_export, promote
 from cluster.ray_map import ray_mapper
 from cluster.ray_session import Session, open_session
-from cluster.run_store import RunWriter
+from cluster.run_store import RunFolder, RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
-from data_service.errors import StormjibError
+from data_service import storage
+from data_service.errors import SourceError, StormjibError
 from data_service.prepare import prepare
-from data_service.shards import DatasetManifest
 from serve.deployment import deploy, undeploy
 from serve.spec import Endpoint, ServeSpec
 
-__all__ = ["prepare_dataset", "run_all", "serve_export", "train_and_export"]
+__all__ = ["run_all", "serve_export", "train_and_export"]
 
 
 def train_and_export(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train and export, on a session of its own; returns the exit code."""
-    with _opened(config) as writer, open_session(config.cluster, config.serve) as session:
-        export = _train(config, session, writer, console)
-        return 0 if export is not None else 130
+    _check_early(config)
+    with (
+        _opened(config) as writer,
+        StopSignal(writer.stop_requested, console.say) as stop,
+        open_session(config.cluster, config.serve) as session,
+    ):
+        export = _train(config, session, writer, console, stop)
+        return 130 if export is None and stop.interrupted else 0
 
 
 def run_all(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
+    _check_early(config)
     with open_session(config.cluster, config.serve) as session:
-        with _opened(config) as writer:
-            export = _train(config, session, writer, console)
+        with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
+            export = _train(config, session, writer, console, stop)
             if export is None:
-                return 130
+                return 130 if stop.interrupted else 0
             endpoint = _deploy(config, session, export, console)
             writer.events.write(Event.SERVING, fields={"url": endpoint.url, "step": export.step})
         _serve_until_interrupted(session, console)
@@ -55,9 +61,17 @@ def serve_export(config: RunConfig, console: RunConsole) -> int:
     return 0
 
 
-def prepare_dataset(config: RunConfig, console: RunConsole) -> DatasetManifest:
-    """Prepare the dataset in this process, without a cluster."""
-    return prepare(config.data, config.dataset_uri, progress=console.prepare)
+def _check_early(config: RunConfig) -> None:
+    """What can be known before a node is started: another run's folder, and sources that are not there.
+
+    Raises:
+        ConfigError: the folder holds a run that cannot go on with this configuration.
+        SourceError: a source matches no file.
+    """
+    RunFolder(config.root).check_identity(config)
+    for index, source in enumerate(config.data.sources):
+        if not storage.glob_files(source.path):
+            raise SourceError(f"data.sources.{index}.path={source.path}: there is no such file. Check the path.")
 
 
 @contextmanager
@@ -76,11 +90,11 @@ def _opened(config: RunConfig) -> Iterator[RunWriter]:
         writer.close()
 
 
-def _train(config: RunConfig, session: Session, writer: RunWriter, console: RunConsole) -> Export | None:
+def _train(
+    config: RunConfig, session: Session, writer: RunWriter, console: RunConsole, stop: StopSignal
+) -> Export | None:
     """Prepare, train, export; None when the run was stopped on request."""
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal(writer.stop_requested, console.say))
-        pool = stack.enter_context(NodePool(config, session, writer, console))
+    with NodePool(config, session, writer, console) as pool:
         pool.start()
         began = time.monotonic()
         manifest = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)

@@ -22,6 +22,7 @@ class StopSignal:
         self._requested_outside = requested_outside
         self._announce = announce
         self._asked = False
+        self.interrupted = False
         self._looked = 0.0
         self._previous: dict[int, object] = {}
 
@@ -49,7 +50,7 @@ class StopSignal:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
-        self._asked = True
+        self._asked = self.interrupted = True
         self._announce(
             f"{signal.Signals(number).name}: the run ends after a checkpoint at the next step; once more ends it now"
         )
