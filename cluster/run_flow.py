@@ -159,7 +159,7 @@ def _serve_until_interrupted(session: Session, console: RunConsole) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    undeploy()
+    undeploy(keep_serve=session.is_local)
 
 
 def _last_step(writer: RunWriter) -> int:

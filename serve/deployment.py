@@ -152,11 +152,16 @@ def application(spec: ServeSpec) -> Any:
     return _application(spec, _read_key(spec.config))
 
 
-def undeploy() -> None:
-    """Stop the endpoint; Ray Serve itself too, unless it runs other applications. None there is fine."""
+def undeploy(*, keep_serve: bool = False) -> None:
+    """Stop the endpoint. None there is fine.
+
+    Args:
+        keep_serve: leave Ray Serve itself running, as where the whole cluster ends next; otherwise it is shut down,
+            unless it runs other applications.
+    """
     if _running_http() is None:
         return
-    if set(ray_serve.status().applications) <= {APP_NAME}:
+    if not keep_serve and set(ray_serve.status().applications) <= {APP_NAME}:
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
     else:
         ray_serve.delete(APP_NAME)

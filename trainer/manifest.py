@@ -272,7 +272,6 @@ def newest_complete(checkpoints_uri: str, deep: bool = True) -> tuple[Manifest |
         try:
             return verify(checkpoints_uri, step, deep), skipped
         except CheckpointError as error:
-            _LOG.warning("Checkpoint of step %d is passed over: %s", step, error)
             skipped.append(Skipped(step, str(error)))
     return None, skipped
 

@@ -1,8 +1,9 @@
 """The engine beside an event loop.
 
-Owns the thread that runs passes and the way of the deltas to their requests. Deltas are gathered: a consumer gets the
-first at once and later ones at most every `interval_s`, merged per completion, so that a fast model does not turn into
-one message per token. An abandoned request is aborted before the next pass.
+Owns the thread that runs passes and the way of the deltas to their requests. One or two consumers get every token as it
+comes. With more of them deltas are gathered: each gets the first at once and later ones at most every `interval_s`,
+merged per completion, so that a busy engine does not spend itself on messages. An abandoned request is aborted before
+the next pass.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineDriver"]
 
 _LOG = logging.getLogger(__name__)
+_CONSUMERS_BY_TOKEN = 2
 _CONSUMERS_AT_FULL_RATE = 4
 _LONGEST_INTERVAL_S = 0.1
 
@@ -52,13 +54,15 @@ class _Mailbox:
     def wake_in_time(self, num_consumers: int) -> None:
         """Wake the consumer now, or once the interval since the last time is over.
 
-        With many consumers the interval grows, so that their messages together stay about as many.
+        Few consumers do not wait; with many the interval grows, so that their messages together stay about as many.
         """
         if self.interval_s is None:
             return
         loop = asyncio.get_running_loop()
         interval_s = min(self.interval_s * max(1.0, num_consumers / _CONSUMERS_AT_FULL_RATE), _LONGEST_INTERVAL_S)
-        due_s = loop.time() if self.last_sent_s is None else self.last_sent_s + interval_s
+        due_s = loop.time()
+        if self.last_sent_s is not None and num_consumers > _CONSUMERS_BY_TOKEN:
+            due_s = self.last_sent_s + interval_s
         if due_s <= loop.time():
             self.wake()
         elif self.timer is None:
@@ -99,8 +103,9 @@ class EngineDriver:
 
         Args:
             request: with an id that no other request under way has.
-            interval_s: least time between two items, unless a completion ends; None: only then. Grows, up to 0.1 s,
-                with more than 4 requests under way: a message through Ray Serve costs over a millisecond of CPU.
+            interval_s: least time between two items with more than 2 requests under way, unless a completion ends;
+                None: items only then. Grows, up to 0.1 s, with more than 4: a message through Ray Serve costs over a
+                millisecond of CPU.
 
         Raises:
             ServeError: the request was refused, or the engine failed.
