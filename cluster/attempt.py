@@ -21,7 +21,7 @@ from cluster.policies import Failure, RankExit, classify_failure
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from data_service.audit import SampleAudit
-from data_service.errors import StormjibError
+from data_service.errors import DataUnavailableError
 from trainer.protocol import (
     EvalReport,
     FinishedReport,
@@ -43,6 +43,8 @@ SILENT_S = 8.0
 """An agent whose poll is out for longer is taken for lost."""
 STOP_S = 3.0
 """Agents get this long to end their ranks after a loss; one that does not answer is taken for lost."""
+AUDIT_S = 600.0
+"""The audit of the last steps may take so long after the ranks have ended."""
 START_S = 300.0
 """All ranks must be ready within this time."""
 
@@ -133,7 +135,7 @@ class Attempt:
         watches = {node: _Watch(handle) for node, handle in self._agents.items()}
         try:
             self._follow(watches)
-        except StormjibError:
+        except BaseException:
             self._end_ranks(watches)
             raise
         return self._outcome(watches)
@@ -149,8 +151,7 @@ class Attempt:
         while not self._is_over():
             self._pass_on_stop()
             self._watch_data()
-            if self._audit is not None:
-                self._audit.raise_problem()
+            self._commit()
             ready, _ = ray.wait(list(polls), num_returns=1, timeout=0.2)
             for ref in ready:
                 node = polls.pop(ref)
@@ -162,6 +163,13 @@ class Attempt:
                     self._lose(node)
             if self.timing.ready is None and time.monotonic() - self.timing.started > START_S:
                 break
+
+    def _commit(self) -> None:
+        """Look at the audit, and commit what it has found right."""
+        if self._audit is not None:
+            self._audit.raise_problem()
+        for step in self._committer.commit_audited():
+            self._console.checkpoint(step)
 
     def _poll(self, watch: _Watch) -> Any:
         watch.asked = time.monotonic()
@@ -213,11 +221,10 @@ class Attempt:
             self._writer.append_metrics({"step": report.step, "eval": values})
             self._console.evaluation(report.step, report.loss, report.perplexity)
         elif isinstance(report, PartReport):
-            committed = self._committer.add(report)
-            if committed is not None:
-                self._console.checkpoint(committed)
+            self._committer.add(report)
         else:
             self._finished[report.rank] = report
+            self._last_step = max(self._last_step, report.step)
 
     def _all_ready(self) -> None:
         self.timing.ready = time.monotonic()
@@ -268,9 +275,11 @@ class Attempt:
         if len(self._finished) == self._world_size and not self._lost_nodes:
             reason = next(iter(self._finished.values())).reason
             self._end_ranks(watches)
+            self._await_commits()
             kind: Literal["finished", "stopped"] = "finished" if reason == "steps" else "stopped"
             return AttemptOutcome(kind, self._last_step, True, None, self.timing)
         self.timing.lost = time.monotonic()
+        self._commit()
         self._writer.events.enter(RunState.RECOVERING)
         self._end_ranks(watches)
         self.timing.stopped = time.monotonic()
@@ -285,6 +294,24 @@ class Attempt:
         self._writer.events.write(Event.ATTEMPT_STOPPED, fields={"reason": failure.reason})
         progressed = self._last_step > self._best_step_before
         return AttemptOutcome("lost", self._last_step, progressed, failure, self.timing)
+
+    def _await_commits(self) -> None:
+        """All steps are done; the last checkpoint may still wait for the audit.
+
+        Raises:
+            DataUnavailableError: the audit did not end in time.
+        """
+        deadline = time.monotonic() + AUDIT_S
+        self._commit()
+        while self._committer.is_waiting:
+            if time.monotonic() > deadline:
+                raise DataUnavailableError(
+                    f"the rows of the last steps could not be audited within {AUDIT_S:.0f} s, and their checkpoint was "
+                    "not committed: the dataset is slow to read from here. Start the run again to go on from the "
+                    "newest checkpoint, or set data.service.audit=false."
+                )
+            time.sleep(0.05)
+            self._commit()
 
     def _end_ranks(self, watches: Mapping[str, _Watch]) -> None:
         """SIGKILL every rank of the attempt; agents that do not answer in time are lost. Collects the last exits."""

@@ -1,13 +1,16 @@
 """Turns the parts that ranks report into committed checkpoints. Only the controller does this."""
 
 import logging
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 
+from pydantic import JsonValue
+
+from cluster.config import RunConfig
 from cluster.events import Event
 from cluster.run_store import RunWriter
 from data_service.audit import SampleAudit
 from trainer import manifest
-from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointError
 from trainer.manifest import PartReceipt, TrainState
 from trainer.protocol import PartReport
@@ -16,62 +19,71 @@ __all__ = ["CheckpointCommitter"]
 
 _log = logging.getLogger(__name__)
 
-AUDIT_S = 5.0
-"""A checkpoint waits so long for the audit of its steps."""
-
 
 @dataclass
 class _Pending:
+    step: int
     receipts: dict[int, PartReceipt] = field(default_factory=dict)
     state: TrainState | None = None
     write_s: float = 0.0
 
 
 class CheckpointCommitter:
-    """Collects the receipts of one attempt and commits a step when every rank has reported its part."""
+    """Collects the receipts of one attempt; commits a step when all ranks have reported and its rows were audited."""
 
-    def __init__(self, writer: RunWriter, config: CheckpointConfig, world_size: int, audit: SampleAudit | None) -> None:
+    def __init__(self, writer: RunWriter, config: RunConfig, world_size: int, audit: SampleAudit | None) -> None:
         self._writer = writer
-        self._config = config
+        self._config = config.train.checkpoint
+        self._config_tree: dict[str, JsonValue] = config.resolved()
         self._world_size = world_size
         self._audit = audit
         self._pending: dict[int, _Pending] = {}
+        self._whole: deque[_Pending] = deque()
 
-    def add(self, report: PartReport) -> int | None:
-        """Take one part; returns the step when it completed a checkpoint.
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a whole checkpoint waits for the audit of its steps."""
+        return bool(self._whole)
 
-        Raises:
-            CheckpointError: the parts do not cover the model exactly once, or another attempt has fenced this one out.
-            DeliveryError: a step up to this one consumed wrong rows.
-        """
-        pending = self._pending.setdefault(report.step, _Pending())
+    def add(self, report: PartReport) -> None:
+        """Take one part; with the last one the checkpoint is whole, and waits for `commit_audited`."""
+        pending = self._pending.setdefault(report.step, _Pending(report.step))
         pending.receipts[report.rank] = report.receipt
         pending.state = report.state or pending.state
         pending.write_s = max(pending.write_s, report.write_s)
-        if len(pending.receipts) < self._world_size or pending.state is None:
-            return None
-        del self._pending[report.step]
-        self._await_audit(report.step)
+        if len(pending.receipts) == self._world_size and pending.state is not None:
+            self._whole.append(self._pending.pop(report.step))
+
+    def commit_audited(self) -> list[int]:
+        """Commit the whole checkpoints whose steps the audit has found right; returns their steps. Does not wait.
+
+        Raises:
+            CheckpointError: the parts do not cover the model exactly once, or another attempt has fenced this one out.
+            DeliveryError: a step consumed wrong rows.
+        """
+        committed = []
+        while self._whole and (self._audit is None or self._audit.is_settled(self._whole[0].step)):
+            pending = self._whole.popleft()
+            self._commit(pending)
+            committed.append(pending.step)
+        return committed
+
+    def _commit(self, pending: _Pending) -> None:
+        assert pending.state is not None, "a whole checkpoint has its state"
         receipts = [pending.receipts[rank] for rank in sorted(pending.receipts)]
         uri = self._writer.folder.checkpoints_uri
-        manifest.commit(uri, report.step, self._writer.events.attempt, receipts, pending.state)
+        state = replace(pending.state, config=self._config_tree)
+        manifest.commit(uri, pending.step, self._writer.events.attempt, receipts, state)
         self._writer.flush()
         self._writer.events.write(
             Event.CHECKPOINT_COMMITTED,
             fields={
-                "step": report.step,
+                "step": pending.step,
                 "bytes": sum(receipt.num_bytes for receipt in receipts),
                 "write_s": round(pending.write_s, 4),
             },
         )
         self._prune(uri)
-        return report.step
-
-    def _await_audit(self, step: int) -> None:
-        if self._audit is not None and not self._audit.settle(step, AUDIT_S):
-            _log.warning(
-                "step %d is committed before its rows were audited: reading them took over %s s", step, AUDIT_S
-            )
 
     def _prune(self, uri: str) -> None:
         history = self._writer.folder.history()

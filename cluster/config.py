@@ -67,6 +67,12 @@ class RunConfig(Section):
                 "train.device=cuda with cluster.node.gpus=0: no slot has a GPU. Set cluster.node.gpus to the slots of "
                 "a node, or train.device=auto."
             )
+        stalled_s, collective_s = self.data.service.stalled_s, self.train.collective_timeout_s
+        if stalled_s >= collective_s:
+            raise ValueError(
+                f"data.service.stalled_s={stalled_s:g} with train.collective_timeout_s={collective_s:g}: ranks that "
+                "wait for a peer without data would give up before it says so. Set data.service.stalled_s below it."
+            )
         if self.serve.kv_cache_tokens < self.data.seq_len:
             raise ValueError(
                 f"serve.kv_cache_tokens={self.serve.kv_cache_tokens} is below data.seq_len={self.data.seq_len}: not "

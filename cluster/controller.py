@@ -163,7 +163,7 @@ class Controller:
             self._pool.agents(),
             specs,
             self._writer,
-            CheckpointCommitter(self._writer, config.train.checkpoint, mesh.world_size, self._audit),
+            CheckpointCommitter(self._writer, config, mesh.world_size, self._audit),
             self._console,
             self._audit,
             best_step_before=self._best_step,
@@ -253,6 +253,8 @@ class Controller:
             max_program_failures=cluster.max_program_failures,
         )
         self._budget = decision.budget
+        if failure.cause != "node":
+            self._looked_deep = False
         for node in failure.lost_nodes:
             self._pool.forget(node)
         if decision.action == "fail":

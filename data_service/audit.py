@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from data_service.cache import ShardCache
-from data_service.errors import DeliveryError
+from data_service.errors import DataUnavailableError, DeliveryError
 from data_service.hashing import sample_hash
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
@@ -66,21 +66,30 @@ class SampleAudit:
 
         Raises:
             DeliveryError: a step consumed other rows than the plan's.
-            ShardCorruptError: a shard that a step needs is damaged.
+            DataError: the dataset cannot be read, or a shard of it is damaged.
         """
         while self._checks and self._checks[0].done.done():
             self._checks.popleft().done.result()
+
+    def is_settled(self, step: int) -> bool:
+        """Whether all steps up to this one were checked and found right; does not wait.
+
+        Raises:
+            DeliveryError: as `raise_problem`.
+            DataError: as `raise_problem`.
+        """
+        self.raise_problem()
+        return not any(check.step <= step for check in self._checks)
 
     def settle(self, step: int, deadline_s: float) -> bool:
         """Wait until all steps up to this one are checked; False when the deadline passes before.
 
         Raises:
             DeliveryError: as `raise_problem`.
-            ShardCorruptError: as `raise_problem`.
+            DataError: as `raise_problem`.
         """
         wait([check.done for check in self._checks if check.step <= step], timeout=deadline_s)
-        self.raise_problem()
-        return not any(check.step <= step for check in self._checks)
+        return self.is_settled(step)
 
     def forget(self) -> None:
         """Drop what is not checked yet: its steps were superseded."""
@@ -95,10 +104,16 @@ class SampleAudit:
         self._cache.close()
 
     def _check(self, step: int, found: str) -> None:
-        expected = self.expected(step - 1)
+        try:
+            expected = self.expected(step - 1)
+        except OSError as cause:
+            raise DataUnavailableError(
+                f"step {step}: its rows could not be audited, {self._dataset_uri} cannot be read here ({cause}). "
+                "See that the controller reaches the dataset, or set data.service.audit=false."
+            ) from cause
         if expected != found:
             raise DeliveryError(
                 f"step {step}: the rows that the ranks consumed hash to {found}, and those of the plan to {expected}. "
-                "A data worker served wrong rows. The step was not committed; look at the workers' machines, and "
+                "A data worker served wrong rows. No checkpoint holds the step; look at the workers' machines, and "
                 "start the run again to go on from the newest checkpoint."
             )

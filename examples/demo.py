@@ -21,7 +21,7 @@ import psutil
 
 from cluster.config import RunConfig, load_config
 from cluster.run_store import RunFolder
-from data_service.shards import read_tokens
+from data_service.shards import read_manifest, read_tokens
 from trainer.baseline import bigram_perplexity
 
 HERE = Path(__file__).resolve().parent
@@ -47,13 +47,16 @@ def main() -> int:
         killed = story.kill_a_node()
         recovered = story.wait_for("recovered")
         serving = story.wait_for("serving")
-        report(config, killed, recovered)
+        beaten = report(config, killed, recovered)
         pieces = list(ask(serving["url"], config.run.name))
     finally:
         end(process)
     text = "".join(pieces)
     if not text or "\ufffd" in text:
         say(f"the answer is not clean text: {text!r}")
+        return 1
+    if not beaten:
+        say("the model is not better than the bigram model: this run is not what the README promises")
         return 1
     say(f"{len(pieces)} pieces streamed from step {serving['step']}")
     say(f"everything lies in {config.root}: config.yaml, events.jsonl, metrics.jsonl, checkpoints/, export/, logs/")
@@ -139,8 +142,8 @@ class Story:
             time.sleep(0.1)
 
 
-def report(config: RunConfig, killed: dict[str, Any], recovered: dict[str, Any]) -> None:
-    """What the kill cost and what the training brought, next to a bigram model of the same tokens."""
+def report(config: RunConfig, killed: dict[str, Any], recovered: dict[str, Any]) -> bool:
+    """What the kill cost and what the training brought; whether it is better than a bigram model of the same tokens."""
     folder = RunFolder(config.root)
     seconds = recovered["monotonic_s"] - killed["monotonic_s"]
     meshes = [f"dp {e['dp']} x pp {e['pp']}" for e in folder.events() if e["event"] == "attempt_started"]
@@ -148,21 +151,13 @@ def report(config: RunConfig, killed: dict[str, Any], recovered: dict[str, Any])
     say(f"{seconds:.1f} s from the kill to the next step; {recovered['phases']}")
     evals = folder.history().evals
     first, last = evals[min(evals)], evals[max(evals)]
-    manifest_vocab = load_manifest_vocab(config)
-    bigram = bigram_perplexity(
-        read_tokens(config.dataset_uri, "train"), read_tokens(config.dataset_uri, "eval"), manifest_vocab
-    )
+    tokens = (read_tokens(config.dataset_uri, "train"), read_tokens(config.dataset_uri, "eval"))
+    bigram = bigram_perplexity(*tokens, read_manifest(config.dataset_uri).vocab_size)
     say(
         f"held-out perplexity: {first['perplexity']:.1f} before, {last['perplexity']:.1f} after; "
         f"a bigram model on the same split: {bigram:.1f}"
     )
-
-
-def load_manifest_vocab(config: RunConfig) -> int:
-    """Vocabulary of the prepared dataset."""
-    from data_service.shards import read_manifest
-
-    return read_manifest(config.dataset_uri).vocab_size
+    return bool(last["perplexity"] < bigram)
 
 
 def ask(url: str, model: str) -> Iterator[str]:
