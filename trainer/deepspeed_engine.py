@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.distributed import distributed_c10d
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision, engine_config, quiet, rank_environment, switch_off_builds
+from trainer.errors import WorkerLostError
 from trainer.fragment_readers import (
     StateView,
     allocate_moments,
@@ -80,16 +82,40 @@ def open_process_group(
     switch_off_builds()
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend="gloo" if device == "cpu" else "nccl",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-        init_method=f"tcp://{master[0]}:{master[1]}",
-        dist_init_required=True,
-        rank=rank,
-        world_size=world_size,
-    )
+    backend = "gloo" if device == "cpu" else "nccl"
+    timeout = timedelta(seconds=timeout_s)
+    store = _open_store(rank, world_size, master, timeout)
+    # bound to its GPU, as DeepSpeed 0.19.8 does where there are peers
+    own = torch.device("cuda", local_rank) if device == "cuda" and world_size > 1 else None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _open_store(rank: int, world_size: int, master: tuple[str, int], timeout: timedelta) -> dist.TCPStore:
+    """The ranks' store. Rank 0 brings its own socket: torch 2.13 would listen on every interface, without a password.
+
+    Raises:
+        WorkerLostError: the address is none of this node's, or its port is taken.
+    """
+    if rank != 0:
+        return dist.TCPStore(*master, world_size, is_master=False, timeout=timeout)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(world_size)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise WorkerLostError(
+            f"Rank 0 cannot open its store at {master[0]}:{master[1]}: {error}. The address must be one of its node's, "
+            "and the port free."
+        ) from error
+    # the store owns the descriptor from here on
+    return dist.TCPStore(*master, world_size, is_master=True, master_listen_fd=listener.detach(), timeout=timeout)
 
 
 def close_process_group() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import psutil
+
 from data_service.client import DataClient
 from tests.helpers.local_rows import LocalRows
 from tests.helpers.ranks import QueueHooks
@@ -86,6 +88,25 @@ def leave_no_traces(spec: WorkerSpec, hooks: QueueHooks) -> list[str]:
     os.environ["TORCH_EXTENSIONS_DIR"] = json.loads(spec.config_json)["extensions"]
     worker.run(spec, hooks)
     return [name for name in ("torch.utils.cpp_extension", "deepspeed.ops.op_builder.all_ops") if name in sys.modules]
+
+
+class _Listening:
+    """Hooks that look, once training goes on, where their own process listens."""
+
+    def __init__(self, hooks: QueueHooks) -> None:
+        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+        self.addresses: set[str] = set()
+
+    def control(self) -> None:
+        found = psutil.Process().net_connections(kind="tcp")
+        self.addresses |= {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+
+
+def train_and_tell_where_it_listens(spec: WorkerSpec, hooks: QueueHooks) -> list[str]:
+    """Train; returns the addresses that this rank's sockets listened on meanwhile."""
+    looking = _Listening(hooks)
+    worker.run(spec, looking)
+    return sorted(looking.addresses)
 
 
 @contextlib.contextmanager

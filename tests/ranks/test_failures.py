@@ -1,5 +1,7 @@
 """What a rank says when something goes wrong, and what ranks must not do."""
 
+import ipaddress
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from tests.helpers.rank_programs import (
     leave_no_traces,
     rank_1_freezes,
     rank_1_is_killed,
+    train_and_tell_where_it_listens,
     train_on_made_up_rows,
 )
 from tests.helpers.ranks import RanksFailedError, specs_of
@@ -83,3 +86,24 @@ def test_ranks_compile_nothing_and_say_nothing(lab: Lab, tmp_path: Path) -> None
     assert not (tmp_path / "extensions").exists()
     for log in outcome.logs:
         assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("case", [Case(2, 1), Case(1, 2)], ids=str)
+def test_ranks_of_one_machine_listen_on_loopback_only(lab: Lab, case: Case) -> None:
+    """The store has no password, and whoever reaches a gloo socket can stop the run."""
+    spec = lab.spec(case, lab.folder / f"listening-{case}", steps=5)
+    outcome = lab.server.run(train_and_tell_where_it_listens, specs_of(spec))
+    for rank in range(2):
+        addresses = outcome.returned[rank]
+        assert addresses, f"rank {rank} was not looked at: gloo and the store listen while it trains"
+        assert all(ipaddress.ip_address(address).is_loopback for address in addresses), addresses
+
+
+def test_a_store_that_cannot_be_opened_is_named(lab: Lab) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        spec = replace(lab.spec(Case(1, 1), lab.folder / "taken"), master_port=taken.getsockname()[1])
+        with pytest.raises(RanksFailedError) as caught:
+            lab.server.run(lab.program, [spec])
+    assert "WorkerLostError: Rank 0 cannot open its store at 127.0.0.1" in caught.value.failures[0]
