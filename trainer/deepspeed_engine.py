@@ -19,7 +19,7 @@ import deepspeed
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]  # no stub names TCPStore
 
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
@@ -91,14 +91,14 @@ def open_process_group(
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
-def _open_store(rank: int, world_size: int, master: tuple[str, int], timeout: timedelta) -> dist.TCPStore:
+def _open_store(rank: int, world_size: int, master: tuple[str, int], timeout: timedelta) -> TCPStore:
     """The ranks' store. Rank 0 brings its own socket: torch 2.13 would listen on every interface, without a password.
 
     Raises:
         WorkerLostError: the address is none of this node's, or its port is taken.
     """
     if rank != 0:
-        return dist.TCPStore(*master, world_size, is_master=False, timeout=timeout)
+        return TCPStore(*master, world_size, is_master=False, timeout=timeout)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -115,7 +115,7 @@ def _open_store(rank: int, world_size: int, master: tuple[str, int], timeout: ti
             "and the port free."
         ) from error
     # the store owns the descriptor from here on
-    return dist.TCPStore(*master, world_size, is_master=True, master_listen_fd=listener.detach(), timeout=timeout)
+    return TCPStore(*master, world_size, is_master=True, master_listen_fd=listener.detach(), timeout=timeout)
 
 
 def close_process_group() -> None:
