@@ -101,7 +101,7 @@ def place_rows(
     """
     plan: Plan = ticket.plan
     first, last = ticket.slots
-    rows = [rows_of_batch(plan, number)[first:last] for number in range(ticket.first, ticket.last)]
+    rows = [rows_of_batch(plan, number, first, last) for number in range(ticket.first, ticket.last)]
     counts = [ids.size for ids in rows]
     wanted_ids = np.concatenate(rows)
     wanted_batch = np.repeat(np.arange(ticket.first, ticket.last, dtype=np.uint64), counts)

@@ -125,8 +125,8 @@ def _rows_of_epoch(plan: Plan, epoch: int, places: npt.NDArray[np.int64]) -> _U6
     return rows
 
 
-def rows_of_batch(plan: Plan, batch: int) -> npt.NDArray[np.uint64]:
-    """The rows of a global batch, in global order.
+def rows_of_batch(plan: Plan, batch: int, first: int = 0, last: int | None = None) -> npt.NDArray[np.uint64]:
+    """The rows of a global batch, or of its slots [first, last), in global order.
 
     Sample i = batch · global_batch + j of a train plan is at place i mod num_rows of epoch i div num_rows, so epochs
     follow each other inside a batch where they meet. An eval plan gives its rows once, in file order.
@@ -134,20 +134,29 @@ def rows_of_batch(plan: Plan, batch: int) -> npt.NDArray[np.uint64]:
     Args:
         plan: the plan.
         batch: number of the global batch, from 0.
+        first: the first slot.
+        last: the slot behind the last, by default all to the end of the batch. Time and memory grow with the slots
+            that are asked for, whatever the batch holds.
 
     Returns:
-        uint64 [global_batch] row ids (index of the row in its split); fewer at the end of an eval plan, none past it.
+        uint64 [slots] row ids (index of the row in its split); fewer at the end of an eval plan, none past it.
+
+    Raises:
+        ValueError: for a negative batch, or slots that the batch does not have.
     """
     if batch < 0:
         raise ValueError(f"global batch {batch} is negative.")
-    first = batch * plan.global_batch
+    last = plan.global_batch if last is None else last
+    if not 0 <= first <= last <= plan.global_batch:
+        raise ValueError(f"slots [{first}, {last}) are no range within {plan.global_batch} rows.")
+    start, wanted = batch * plan.global_batch + first, last - first
     if not plan.shuffle:
-        return np.arange(min(first, plan.num_rows), min(first + plan.global_batch, plan.num_rows), dtype=np.uint64)
-    rows = np.empty(plan.global_batch, dtype=np.uint64)
+        return np.arange(min(start, plan.num_rows), min(start + wanted, plan.num_rows), dtype=np.uint64)
+    rows = np.empty(wanted, dtype=np.uint64)
     done = 0
-    while done < plan.global_batch:
-        epoch, place = divmod(first + done, plan.num_rows)
-        count = min(plan.global_batch - done, plan.num_rows - place)
+    while done < wanted:
+        epoch, place = divmod(start + done, plan.num_rows)
+        count = min(wanted - done, plan.num_rows - place)
         rows[done : done + count] = _rows_of_epoch(plan, epoch, np.arange(place, place + count, dtype=np.int64))
         done += count
     return rows

@@ -100,7 +100,7 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         plan = ticket.plan
         self._check_plan(plan)
         first, last = ticket.slots
-        rows = [rows_of_batch(plan, batch)[first:last] for batch in range(ticket.first, ticket.last)]
+        rows = [rows_of_batch(plan, batch, first, last) for batch in range(ticket.first, ticket.last)]
         batches = np.repeat(np.arange(ticket.first, ticket.last, dtype=np.uint64), [ids.size for ids in rows])
         slots = np.concatenate([np.arange(first, first + ids.size, dtype=np.uint32) for ids in rows])
         row_ids = np.concatenate(rows)

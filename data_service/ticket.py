@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from data_service.plan import Plan
 
-__all__ = ["MAX_TICKET_BYTES", "MAX_TICKET_ROWS", "MAX_TICKET_TOKENS", "Ticket"]
+__all__ = ["MAX_TICKET_BATCHES", "MAX_TICKET_BYTES", "MAX_TICKET_ROWS", "MAX_TICKET_TOKENS", "Ticket"]
 
+MAX_TICKET_BATCHES = 1024
+"""Each batch costs a permutation, however few of its slots are asked for. data.service.run_ahead is at most this."""
 MAX_TICKET_BYTES = 4096
 MAX_TICKET_ROWS = 65_536
 MAX_TICKET_TOKENS = 2**25
@@ -32,6 +34,10 @@ class Ticket:
             raise ValueError(f"ticket: batches [{self.first}, {self.last}) are no range.")
         if not 0 <= self.slots[0] < self.slots[1] <= self.plan.global_batch:
             raise ValueError(f"ticket: slots {self.slots} are no range within {self.plan.global_batch} rows.")
+        if self.last - self.first > MAX_TICKET_BATCHES:
+            raise ValueError(
+                f"ticket: {self.last - self.first} batches are too many for one ticket ({MAX_TICKET_BATCHES})."
+            )
         rows = (self.last - self.first) * (self.slots[1] - self.slots[0])
         if rows > MAX_TICKET_ROWS or (self.plan.seq_len + 1) * rows > MAX_TICKET_TOKENS:
             raise ValueError(

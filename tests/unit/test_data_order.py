@@ -1,5 +1,6 @@
 """The order of rows: permutations without arrays, the same for any way of reading them."""
 
+import random
 import time
 
 import numpy as np
@@ -100,6 +101,37 @@ def test_a_jump_is_as_cheap_as_a_start():
     assert time.process_time() - began < 0.1
     assert len(set(rows.tolist())) == 1024
     assert int(rows.max()) < plan.num_rows
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_slots_of_a_batch_are_a_slice_of_it(split):
+    chance = random.Random(5)
+    for _ in range(150):
+        plan = make(
+            chance.randint(2, 3000),
+            chance.randint(1, 12),
+            chance.randint(1, 300),
+            chance.randint(1, 60),
+            chance.randint(1, 5),
+            split=split,
+            seed=chance.randint(0, 9),
+        )
+        batch = chance.randint(0, 2 * plan.num_batches)
+        first = chance.randint(0, plan.global_batch)
+        last = chance.randint(first, plan.global_batch)
+        rows = rows_of_batch(plan, batch)
+        np.testing.assert_array_equal(rows_of_batch(plan, batch, first, last), rows[first:last])
+        np.testing.assert_array_equal(rows_of_batch(plan, batch, first), rows[first:])
+    for slots in ((-1, 1), (2, 1), (0, plan.global_batch + 1)):
+        with pytest.raises(ValueError, match="no range within"):
+            rows_of_batch(plan, 0, *slots)
+
+
+def test_one_slot_of_a_huge_batch_costs_one_row():
+    plan = make(10**11, 256, 2**61, 16_384, 16)
+    began = time.process_time()
+    assert rows_of_batch(plan, 2**61, 2**60, 2**60 + 1).size == 1
+    assert time.process_time() - began < 0.1
 
 
 def test_num_rows_counts_every_label_once():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import grpc
 import numpy as np
@@ -263,6 +264,7 @@ def test_bad_tickets_are_refused_and_the_worker_lives(service, client):
         json.dumps({**good, "first": -1}).encode(),
         json.dumps({**good, "last": 0}).encode(),
         json.dumps({**good, "last": 10**9}).encode(),
+        json.dumps({**good, "last": 65_536}).encode(),
         json.dumps({**good, "slots": [0, GLOBAL_BATCH + 1]}).encode(),
         json.dumps({**good, "slots": [True, 2]}).encode(),
         json.dumps({**good, "v": 2}).encode(),
@@ -287,9 +289,18 @@ def test_bad_tickets_are_refused_and_the_worker_lives(service, client):
             assert worker.do_get(flight.Ticket(ticket), options).read_all().num_rows <= 100
         except flight.FlightServerError:
             refused += 1
-        assert number >= 16 or refused == number + 1
+        assert number >= 17 or refused == number + 1
     assert refused > 250
     assert worker.do_get(flight.Ticket(json.dumps(good).encode()), options).read_all().num_rows == 1
+    worker.close()
+
+
+def test_a_ticket_for_one_slot_of_a_huge_batch_costs_one_row(service, client):
+    plan = replace(client.plan("train"), global_batch=2**32)
+    worker = flight_client(service.workers[0])
+    options = flight.FlightCallOptions(timeout=2, headers=[(b"authorization", f"Bearer {TOKEN}".encode())])
+    ticket = flight.Ticket(Ticket(plan, 5, 6, (2**31, 2**31 + 1)).to_bytes())
+    assert worker.do_get(ticket, options).read_all().num_rows == 1
     worker.close()
 
 
