@@ -15,7 +15,7 @@ from data_service.hashing import sample_hash
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
 from data_service.plan import Plan
-from data_service.rows import RowSource
+from data_service.rows import ShardRows
 from data_service.shards import read_index, read_manifest
 
 __all__ = ["SampleAudit"]
@@ -41,7 +41,7 @@ class SampleAudit:
         self._dataset_uri = dataset_uri
         self._plan = plan
         self._cache = ShardCache(dataset_uri, cache_bytes, WorkerMetrics())
-        self._source: RowSource | None = None
+        self._source: ShardRows | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample-audit")
         self._checks: deque[_Check] = deque()
 
@@ -53,7 +53,7 @@ class SampleAudit:
         """
         if self._source is None:
             manifest = read_manifest(self._dataset_uri)
-            self._source = RowSource(manifest, read_index(self._dataset_uri, manifest), self._cache)
+            self._source = ShardRows(manifest, read_index(self._dataset_uri, manifest), self._cache)
         block = self._source.read(self._plan, rows_of_batch(self._plan, batch))
         return sample_hash(block.row_id, block.row_crc)
 

@@ -17,7 +17,7 @@ from data_service.plan import Plan
 from data_service.schema import RowBlock
 from data_service.shards import DatasetManifest, ShardEntry
 
-__all__ = ["RowSource", "valid_tokens_of"]
+__all__ = ["ShardRows", "valid_tokens_of"]
 
 
 def valid_tokens_of(plan: Plan, row_ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
@@ -26,7 +26,7 @@ def valid_tokens_of(plan: Plan, row_ids: npt.NDArray[np.uint64]) -> npt.NDArray[
     return np.clip(left, 0, plan.seq_len).astype(np.uint32)
 
 
-class RowSource:
+class ShardRows:
     """Reads rows of one dataset. A data worker takes another one of the same shape, which is how tests make it lie."""
 
     def __init__(self, manifest: DatasetManifest, index: Mapping[str, Sequence[ShardEntry]], cache: ShardCache) -> None:

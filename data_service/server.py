@@ -29,18 +29,18 @@ from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
 from data_service.plan import Plan, rows_per_shard_of
-from data_service.rows import RowSource
+from data_service.rows import ShardRows
 from data_service.schema import block_to_batch, wire_schema
 from data_service.shards import DatasetManifest, ShardEntry, read_index, read_manifest
 from data_service.ticket import Ticket
 
-__all__ = ["DataWorker", "RowSourceFactory"]
+__all__ = ["DataWorker", "ShardRowsFactory"]
 
 _LOG = logging.getLogger(__name__)
 _MESSAGE_BYTES = 1 << 20
 _REGISTER_TIMEOUT_S = 5.0
 
-RowSourceFactory = Callable[[DatasetManifest, Mapping[str, Sequence[ShardEntry]], ShardCache], RowSource]
+ShardRowsFactory = Callable[[DatasetManifest, Mapping[str, Sequence[ShardEntry]], ShardCache], ShardRows]
 """Makes the strategy that turns row ids into rows."""
 
 
@@ -65,7 +65,7 @@ class _TokenMiddleware(flight.ServerMiddlewareFactory):  # type: ignore[misc]
 class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """DoGet of tickets."""
 
-    def __init__(self, location: str, token: str, manifest: DatasetManifest, rows: RowSource, metrics: WorkerMetrics):
+    def __init__(self, location: str, token: str, manifest: DatasetManifest, rows: ShardRows, metrics: WorkerMetrics):
         super().__init__(location, middleware={"token": _TokenMiddleware(token)})
         self._manifest = manifest
         self._rows = rows
@@ -126,7 +126,7 @@ class DataWorker:
         host: str = "127.0.0.1",
         port: int = 0,
         cache_bytes: int = 1 << 30,
-        row_source: RowSourceFactory = RowSource,
+        row_source: ShardRowsFactory = ShardRows,
     ) -> None:
         self._dataset_uri = dataset_uri
         self._control_address = control_address

@@ -16,8 +16,8 @@ from data_service.client import BatchSlice, DataClient
 from data_service.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig, TokenizerTrainConfig
 from data_service.control import ControlServer
 from data_service.hashing import sample_hash
-from data_service.rows import RowSource
-from data_service.server import DataWorker, RowSourceFactory
+from data_service.rows import ShardRows
+from data_service.server import DataWorker, ShardRowsFactory
 
 TOKEN = "a-token-for-tests"
 GLOBAL_BATCH = 8
@@ -72,7 +72,7 @@ class Service:
 
 @contextlib.contextmanager
 def running_service(
-    dataset: str, config: DataConfig, sources: Sequence[RowSourceFactory] = (RowSource,)
+    dataset: str, config: DataConfig, sources: Sequence[ShardRowsFactory] = (ShardRows,)
 ) -> Iterator[Service]:
     """A control plane and one worker in this process for each row source."""
     control = ControlServer(dataset, SEED, config, GLOBAL_BATCH, TOKEN)

@@ -11,8 +11,8 @@ from data_service.access import DataAccess
 from data_service.config import DataConfig
 from data_service.control import ControlServer
 from data_service.prepare import prepare
-from data_service.rows import RowSource
-from data_service.server import DataWorker, RowSourceFactory
+from data_service.rows import ShardRows
+from data_service.server import DataWorker, ShardRowsFactory
 from data_service.shards import DatasetManifest
 
 __all__ = ["RowService", "data_config", "row_service", "write_corpus"]
@@ -32,6 +32,7 @@ class RowService:
     access: DataAccess
     manifest: DatasetManifest
     dataset: Path
+    config: DataConfig
 
 
 def write_corpus(path: Path, num_documents: int = 600, seed: int = 0) -> None:
@@ -68,7 +69,7 @@ def row_service(
     seq_len: int,
     global_batch: int,
     seed: int,
-    sources: Sequence[RowSourceFactory] = (RowSource, RowSource),
+    sources: Sequence[ShardRowsFactory] = (ShardRows, ShardRows),
 ) -> Iterator[RowService]:
     """Prepare (or find prepared) a corpus in `folder` and serve it with one worker for each row source."""
     corpus, dataset = folder / "corpus.csv", folder / "dataset"
@@ -84,7 +85,7 @@ def row_service(
             workers.append(DataWorker(str(dataset), address, TOKEN, row_source=source))
             workers[-1].start()
         access = DataAccess((address,), TOKEN, run_ahead=4, read_stall_s=3.0, stalled_s=20.0)
-        yield RowService(access, manifest, dataset)
+        yield RowService(access, manifest, dataset, config)
     finally:
         for worker in workers:
             worker.stop()

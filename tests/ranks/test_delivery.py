@@ -11,7 +11,7 @@ from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
 from data_service.order import rows_of_batch
 from data_service.plan import Plan, make_plan
-from data_service.rows import RowSource
+from data_service.rows import ShardRows
 from data_service.schema import RowBlock
 from tests.helpers.ranks import RanksFailedError, specs_of
 from tests.helpers.row_service import row_service
@@ -21,7 +21,7 @@ WRONG_STEP = 5
 WINDOW_SHARDS = 2
 
 
-class _WrongTokens(RowSource):
+class _WrongTokens(ShardRows):
     """Serves one token of one row of step 5 wrong, with a checksum that fits it."""
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
@@ -34,7 +34,7 @@ class _WrongTokens(RowSource):
         return block
 
 
-class _WrongRow(RowSource):
+class _WrongRow(ShardRows):
     """Serves another row in place of one row of step 5."""
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
@@ -65,6 +65,18 @@ def test_wrong_tokens_change_the_hash_of_their_step_and_the_audit_finds_it(lab: 
             audit.settle(WRONG_STEP, deadline_s=30)
     finally:
         audit.close()
+
+
+def test_ranks_are_not_told_where_the_data_lie(lab: Lab) -> None:
+    """What they are given names neither the dataset nor its source, and what they report of the run leaves it open."""
+    with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED) as service:
+        sources = [source.path for source in service.config.sources]
+        dataset = str(service.dataset)
+        assert sources
+        for spec in specs_of(replace(lab.spec(Case(2, 2), lab.folder / "told"), data=service.access)):
+            assert not [path for path in [dataset, *sources] if path in spec.to_json()]
+    (state,) = [part.state for part in lab.reference(Case(1, 1)).parts[STEPS] if part.state is not None]
+    assert state.config == {}
 
 
 @pytest.mark.parametrize("case", [Case(1, 1), Case(1, 2)], ids=str)

@@ -19,7 +19,7 @@ from data_service.errors import ConfigError, DataError, DataStalledError, Delive
 from data_service.hashing import row_crcs, sample_hash
 from data_service.order import rows_of_batch
 from data_service.prepare import prepare
-from data_service.rows import RowSource
+from data_service.rows import ShardRows
 from data_service.schema import RowBlock
 from data_service.shards import read_manifest, read_tokens
 from data_service.ticket import MAX_TICKET_BYTES, Ticket
@@ -49,7 +49,7 @@ def dataset(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(config, dataset):
-    with running_service(dataset, config, (RowSource, RowSource)) as running:
+    with running_service(dataset, config, (ShardRows, ShardRows)) as running:
         yield running
 
 
@@ -134,7 +134,7 @@ def test_documents_are_numbered_within_a_row(dataset, client):
 def test_a_stream_holds_no_more_than_its_credits(dataset, config):
     asked = []
 
-    class Watched(RowSource):
+    class Watched(ShardRows):
         def read(self, plan, row_ids):
             asked.append(row_ids.size)
             return super().read(plan, row_ids)
@@ -149,7 +149,7 @@ def test_a_stream_holds_no_more_than_its_credits(dataset, config):
         client.close()
 
 
-class OtherRow(RowSource):
+class OtherRow(ShardRows):
     """Says and sends a row that is not the plan's."""
 
     def read(self, plan, row_ids):
@@ -158,7 +158,7 @@ class OtherRow(RowSource):
         return super().read(plan, row_ids)
 
 
-class DamagedRow(RowSource):
+class DamagedRow(ShardRows):
     """Sends other tokens than it counted."""
 
     def read(self, plan, row_ids):
@@ -167,7 +167,7 @@ class DamagedRow(RowSource):
         return block
 
 
-class LyingRow(RowSource):
+class LyingRow(ShardRows):
     """Sends other tokens under the right ids, with checksums that fit: nothing in the answer contradicts itself."""
 
     def read(self, plan, row_ids):
@@ -206,7 +206,7 @@ def test_a_corrupt_shard_is_named_and_never_served(config, tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with running_service(dataset, config, (RowSource, RowSource)) as service:
+    with running_service(dataset, config, (ShardRows, ShardRows)) as service:
         client = DataClient(service.access())
         plan = client.plan("train")
         delivered = []
