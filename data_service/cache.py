@@ -5,22 +5,32 @@ goes to everyone who waited, and the next request reads again.
 """
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from data_service.errors import DataUnavailableError
 from data_service.metrics import WorkerMetrics
-from data_service.shards import Shard, ShardEntry, load_shard
+from data_service.shards import Shard, ShardEntry, load_shard, shard_file
 
 __all__ = ["ShardCache"]
 
 _PARALLEL_READS = 8
+_READ_DEADLINE_S = 120.0
 
 
 class ShardCache:
     """Verified shards of one dataset."""
 
-    def __init__(self, dataset_uri: str, limit_bytes: int, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self,
+        dataset_uri: str,
+        limit_bytes: int,
+        metrics: WorkerMetrics,
+        read_deadline_s: float = _READ_DEADLINE_S,
+    ) -> None:
+        self._read_deadline_s = read_deadline_s
         self._dataset_uri = dataset_uri
         self._limit_bytes = limit_bytes
         self._metrics = metrics
@@ -41,9 +51,11 @@ class ShardCache:
 
         Raises:
             ShardCorruptError: naming the shard.
+            DataUnavailableError: naming the shard, when the storage gives no answer in time.
         """
+        deadline = time.monotonic() + self._read_deadline_s
         found: dict[int, Shard] = {}
-        waiting: list[tuple[int, Future[Shard]]] = []
+        waiting: list[tuple[ShardEntry, Future[Shard]]] = []
         with self._lock:
             for entry in entries:
                 key = (entry.split, entry.number)
@@ -53,9 +65,16 @@ class ShardCache:
                     continue
                 if key not in self._loading:
                     self._loading[key] = self._pool.submit(self._load, entry)
-                waiting.append((entry.number, self._loading[key]))
-        for number, future in waiting:
-            found[number] = future.result()
+                waiting.append((entry, self._loading[key]))
+        for entry, future in waiting:
+            try:
+                found[entry.number] = future.result(timeout=max(0.0, deadline - time.monotonic()))
+            except TimeoutError as error:
+                # A read may itself end in a TimeoutError of the storage; both are its silence.
+                raise DataUnavailableError(
+                    f"{shard_file(entry.split, entry.number)} was asked for, {self._dataset_uri} did not give it in "
+                    f"{self._read_deadline_s:g} s. Check that the storage answers this machine."
+                ) from error
         return found
 
     def _load(self, entry: ShardEntry) -> Shard:

@@ -147,6 +147,8 @@ class Connections:
             kind, message = _named_error(error)
             if kind is None:
                 raise WorkerFailedError(f"{type(error).__name__}: {str(error)[:300]}") from error
+            if kind == DataUnavailableError.__name__:
+                raise WorkerFailedError(message) from error
             if kind in _ERRORS_BY_KIND:
                 raise _ERRORS_BY_KIND[kind](f"data worker {address}: {message}") from error
             raise DataError(f"data worker {address} refused a ticket: {message}") from error

@@ -162,7 +162,8 @@ class DataWorker:
             self._register(stub, registration)
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                self._server.shutdown()
+                channel.close()
+                self._close()
                 raise ConfigError(f"a data worker cannot join {self._control_address}: {error.details()}.") from error
             _LOG.warning("the control plane %s does not answer yet: %s", self._control_address, error.details())
         self._heartbeat = threading.Thread(
@@ -208,6 +209,10 @@ class DataWorker:
         if self._heartbeat is not None:
             self._heartbeat.join()
             self._heartbeat = None
+        self._close()
+
+    def _close(self) -> None:
+        """End the server and the reading threads."""
         if self._server is not None:
             self._server.shutdown()
             self._server = None

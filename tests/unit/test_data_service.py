@@ -1,11 +1,15 @@
 """The service over real gRPC and Flight: the same rows for any slicing, and nothing wrong handed on."""
 
 import json
+import os
 import random
+import threading
+import time
 from dataclasses import replace
 
 import grpc
 import numpy as np
+import psutil
 import pyarrow.flight as flight
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,15 +17,25 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.access import DataAccess
+from data_service.cache import ShardCache
 from data_service.client import NO_ROW, DataClient
 from data_service.control import CHANNEL_OPTIONS, Membership
-from data_service.errors import ConfigError, DataError, DataStalledError, DeliveryError, ShardCorruptError
+from data_service.errors import (
+    ConfigError,
+    DataError,
+    DataStalledError,
+    DataUnavailableError,
+    DeliveryError,
+    ShardCorruptError,
+)
 from data_service.hashing import row_crcs, sample_hash
+from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
 from data_service.prepare import prepare
 from data_service.rows import ShardRows
 from data_service.schema import RowBlock
-from data_service.shards import read_manifest, read_tokens
+from data_service.server import DataWorker
+from data_service.shards import read_index, read_manifest, read_tokens
 from data_service.ticket import MAX_TICKET_BYTES, Ticket
 from tests.helpers.data_runs import (
     GLOBAL_BATCH,
@@ -302,6 +316,44 @@ def test_a_ticket_for_one_slot_of_a_huge_batch_costs_one_row(service, client):
     ticket = flight.Ticket(Ticket(plan, 5, 6, (2**31, 2**31 + 1)).to_bytes())
     assert worker.do_get(ticket, options).read_all().num_rows == 1
     worker.close()
+
+
+def connections_to(address):
+    """Established TCP connections of this process to an address."""
+    port = int(address.rpartition(":")[2])
+    found = psutil.Process().net_connections("tcp")
+    return [one for one in found if one.raddr and one.raddr.port == port and one.status == psutil.CONN_ESTABLISHED]
+
+
+def test_a_worker_of_another_dataset_is_refused_and_keeps_nothing_open(service, tmp_path):
+    config = small_config(write_csv(tmp_path / "c.csv", reviews(60)))
+    prepare(config, str(tmp_path / "d"))
+    before = len(connections_to(service.control))
+    worker = DataWorker(str(tmp_path / "d"), service.control, TOKEN)
+    with pytest.raises(ConfigError, match="cannot join") as caught:
+        worker.start()
+    deadline = time.monotonic() + 10
+    while len(connections_to(service.control)) > before:
+        assert time.monotonic() < deadline, "the connection to the control plane is still open"
+        threading.Event().wait(0.05)
+    assert caught.value.exit_code == 2
+
+
+def test_storage_that_does_not_answer_is_given_up_in_time(config, tmp_path):
+    dataset = tmp_path / "d"
+    manifest = prepare(config, str(dataset))
+    entry = read_index(str(dataset), manifest)["train"][1]
+    shard = dataset / "shards" / "train-00001.arrow"
+    shard.unlink()
+    os.mkfifo(shard)
+    cache = ShardCache(str(dataset), 1 << 20, WorkerMetrics(), read_deadline_s=0.3)
+    try:
+        with pytest.raises(DataUnavailableError, match=r"train-00001\.arrow .* in 0\.3 s") as caught:
+            cache.get([entry])
+        assert caught.value.retryable
+    finally:
+        cache.close()
+        os.close(os.open(shard, os.O_RDWR | os.O_NONBLOCK))  # lets the reading thread go
 
 
 def test_a_split_without_rows_and_a_service_without_workers_say_so(tmp_path):
