@@ -38,7 +38,7 @@ class SourceConfig(Section):
     text: str = "text"
     """The column (CSV, Parquet) or key (JSONL) that holds the text. Plain text has one record per line."""
     label: str | None = None
-    """The column that holds the class label; kept for tasks that need one."""
+    """A column that CSV and Parquet files must have. It is looked for and not stored: a dataset holds text alone."""
 
     @model_validator(mode="after")
     def _format_is_known(self) -> Self:

@@ -1,45 +1,27 @@
-"""What the data service measures: names, units and meaning, and the counters of a data worker.
-
-Call sites use these names and invent none.
-"""
+"""The counters of a data worker: heartbeats carry them to the control plane, whose Stats call tells them."""
 
 import threading
 from dataclasses import dataclass, replace
 
-__all__ = ["METRICS", "Metric", "WorkerCounters", "WorkerMetrics"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One measured quantity."""
-
-    name: str
-    unit: str
-    tags: tuple[str, ...]
-    meaning: str
-
-
-METRICS = (
-    Metric("data/wait_s", "s", ("rank",), "time a step waited for its batch"),
-    Metric("data_tickets_total", "1", ("worker",), "tickets answered"),
-    Metric("data_rows_total", "1", ("worker",), "rows sent"),
-    Metric("data_sent_bytes_total", "bytes", ("worker",), "bytes of row columns sent"),
-    Metric("data_shards_read_total", "1", ("worker",), "shards read from storage"),
-    Metric("data_read_bytes_total", "bytes", ("worker",), "bytes of shards read from storage"),
-    Metric("data_errors_total", "1", ("worker",), "tickets refused or failed"),
-)
+__all__ = ["WorkerCounters", "WorkerMetrics"]
 
 
 @dataclass(frozen=True)
 class WorkerCounters:
-    """Totals of a data worker since it started; fields as in METRICS."""
+    """Totals of a data worker since it started."""
 
     tickets: int = 0
+    """Tickets answered."""
     rows: int = 0
+    """Rows sent."""
     bytes_sent: int = 0
+    """Bytes of row columns sent."""
     shards_read: int = 0
+    """Shards read from storage."""
     bytes_read: int = 0
+    """Bytes of shards read from storage."""
     errors: int = 0
+    """Tickets refused or failed."""
 
 
 class WorkerMetrics:

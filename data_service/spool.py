@@ -4,7 +4,7 @@
                  └─ rejects.jsonl
 
 A document is held out when the hash of its text is below a bound, so the split follows the text and not its place.
-Memory holds a digest and a hash per document and one chunk.
+Memory holds a digest per document (none without deduplication) and one chunk.
 
 Owns deduplication, the split and the limit on rejects. Refuses to go on when too many records are bad.
 """
@@ -72,7 +72,7 @@ def read_sources(
 ) -> Spool:
     """Read every file once: rejects to `rejects.jsonl`, kept documents to the spool."""
     seen: set[bytes] = set()
-    hashes: list[int] = []
+    smallest, largest = _HASH_RANGE, -1
     reasons: Counter[str] = Counter()
     sources: list[SourceInfo] = []
     num_records = num_duplicates = 0
@@ -96,7 +96,7 @@ def read_sources(
                         continue
                     seen.add(digest)
                 value = int.from_bytes(digest[:8], "little")
-                hashes.append(value)
+                smallest, largest = min(smallest, value), max(largest, value)
                 spool.add(record.text, value)
             sources.append(
                 SourceInfo(
@@ -109,7 +109,7 @@ def read_sources(
     spool.close()
     report(PrepareProgress("read", len(files), len(files), num_records, sum(reasons.values())))
     check_rejects(config, num_records, dict(reasons), dataset_uri)
-    if not hashes:
+    if largest < 0:
         raise SourceError(
             f"{', '.join(file.uri for file in files[:5])}: {num_records} records were read and none holds text. "
             "Add text, or name another column in data.sources."
@@ -120,7 +120,7 @@ def read_sources(
         num_records=num_records,
         num_duplicates=num_duplicates,
         reject_reasons=dict(sorted(reasons.items())),
-        eval_below=_eval_below(config.split.eval, hashes),
+        eval_below=_eval_below(config.split.eval, smallest, largest),
     )
 
 
@@ -140,15 +140,14 @@ def check_rejects(config: DataConfig, num_records: int, reasons: dict[str, int],
         )
 
 
-def _eval_below(share: float, hashes: list[int]) -> int:
-    """The hash below which a document is held out.
+def _eval_below(share: float, smallest: int, largest: int) -> int:
+    """The hash below which a document is held out, given the smallest and the largest hash.
 
     A small corpus may have no document below `share`, or all: then the one with the smallest hash is held out, or the
     one with the largest is kept, so that both parts have at least one.
     """
     if share == 0.0:
         return 0
-    smallest, largest = min(hashes), max(hashes)
     if smallest == largest:
         raise SourceError(
             f"data.split.eval={share}: the sources hold one distinct document, which cannot be both trained on and "

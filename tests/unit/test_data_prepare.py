@@ -190,6 +190,15 @@ def test_a_missing_file_a_missing_column_and_an_empty_file_are_named(tmp_path):
     assert not (tmp_path / "d" / "manifest.json").exists()
 
 
+def test_a_label_column_must_exist_and_is_not_stored(corpus, dataset, tmp_path):
+    base = small_config(corpus)
+    config = base.model_copy(update={"sources": (SourceConfig(path=str(corpus), label="label"),)})
+    assert prepare(config, str(tmp_path / "d")).digest == read_manifest(str(dataset)).digest
+    config = base.model_copy(update={"sources": (SourceConfig(path=str(corpus), label="stars"),)})
+    with pytest.raises(SourceError, match="'stars' was asked for, the columns are 'text', 'label'"):
+        prepare(config, str(tmp_path / "e"))
+
+
 def test_jsonl_parquet_and_text_give_what_csv_gives(corpus, dataset, tmp_path):
     texts = reviews(400)
     jsonl = tmp_path / "r.jsonl"
