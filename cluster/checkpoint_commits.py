@@ -83,14 +83,14 @@ class CheckpointCommitter:
                 "write_s": round(pending.write_s, 4),
             },
         )
-        self._prune(uri)
+        self._prune(uri, pending.step)
 
-    def _prune(self, uri: str) -> None:
+    def _prune(self, uri: str, newest: int) -> None:
         history = self._writer.folder.history()
         losses = {step: values["loss"] for step, values in history.evals.items()}
-        complete = manifest.list_complete(uri)
+        complete = [step for step in manifest.list_complete(uri) if step <= newest]
         keep = manifest.kept_steps(complete, losses, self._config.keep_last, self._config.keep_best)
         try:
-            manifest.prune(uri, keep)
+            manifest.prune(uri, keep, newest=newest)
         except (OSError, CheckpointError) as error:
             _log.warning("old checkpoints could not be removed from %s: %s", uri, error)

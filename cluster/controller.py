@@ -4,7 +4,6 @@ The controller runs in the process the user started and owns no rank. It decides
 through agents and the data service, and writes everything that happens to the run's folder.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -213,7 +212,6 @@ class Controller:
             resume_step=resume,
             threads=max(1, int(config.cluster.node.cpus_per_slot)),
             interface=self._pool.interface,
-            config_json=json.dumps(config.resolved()),
         )
         by_node: dict[str, list[WorkerSpec]] = {}
         for rank in range(mesh.world_size):

@@ -98,7 +98,7 @@ class TrainState:
     parameters: dict[str, tuple[int, ...]]
     """Canonical name to shape of every trained parameter (`trainer.model.parameter_shapes`)."""
     config: dict[str, JsonValue]
-    """The run's resolved configuration."""
+    """The run's resolved configuration; empty in a rank's report, filled in by who commits."""
     versions: dict[str, str]
     """Packages and their versions."""
     kinds: tuple[Kind, ...] = KINDS
@@ -291,20 +291,23 @@ def kept_steps(complete: Iterable[int], losses: Mapping[int, float], keep_last: 
     return {*last, *best[:keep_best]}
 
 
-def prune(checkpoints_uri: str, keep: set[int]) -> list[int]:
+def prune(checkpoints_uri: str, keep: set[int], *, newest: int) -> list[int]:
     """Delete steps that are not kept, half-written ones among them.
 
-    Never deletes the newest step with a manifest, nor anything newer than it, which may be a save under way. A manifest
-    goes first, so that a prune cut short leaves no checkpoint that only looks whole. In steps that stay, parts of
-    attempts that were not committed are deleted too.
+    A manifest goes first, so that a prune cut short leaves no checkpoint that only looks whole. In committed steps that
+    stay, parts of attempts that were not committed are deleted too.
+
+    Args:
+        checkpoints_uri: the run's checkpoints.
+        keep: steps to keep, chosen among those up to `newest`.
+        newest: the step that was just committed. It is never deleted. What lies above it is left alone: a save under
+            way, or a damaged step that the run passed over and will write again.
 
     Returns:
         The deleted steps.
     """
-    complete = list_complete(checkpoints_uri)
-    if not complete:
-        return []
-    doomed = [step for step in _list_steps(checkpoints_uri) if step not in keep and step < complete[-1]]
+    complete = [step for step in list_complete(checkpoints_uri) if step <= newest]
+    doomed = [step for step in _list_steps(checkpoints_uri) if step not in keep and step < newest]
     for step in doomed:
         storage.remove_file(_manifest_uri(checkpoints_uri, step))
         storage.remove_tree(storage.join(checkpoints_uri, step_folder(step)))

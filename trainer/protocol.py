@@ -38,7 +38,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything one rank needs to know. It names no dataset path: rows come from the data service only."""
+    """Everything one rank needs to know, and no more of the run's configuration than that.
+
+    It names no dataset path: rows come from the data service only.
+    """
 
     attempt: int
     """Fencing token of the controller; checkpoint parts are written under it."""
@@ -67,8 +70,6 @@ class WorkerSpec:
     """CPU threads of torch in this rank."""
     interface: str | None = None
     """Network interface for collectives (`lo` on one machine); None leaves the choice to the backend."""
-    config_json: str = "{}"
-    """The run's resolved configuration as JSON; copied into checkpoints as it is."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -84,7 +85,8 @@ class WorkerSpec:
         try:
             spec: WorkerSpec = _adapter(WorkerSpec).validate_json(text)
         except ValidationError as error:
-            raise ConfigError(f"A rank was started with a malformed specification: {error}") from error
+            # neither what pydantic prints of the values nor the cause goes along: the data token may be among them
+            raise ConfigError(f"A rank was started with a malformed specification: {_problems(error)}") from None
         return spec
 
 
@@ -138,7 +140,7 @@ class PartReport:
     rank: int
     receipt: PartReceipt
     state: TrainState | None
-    """What the manifest records beside the fragments; the reporter rank fills it."""
+    """What the manifest records beside the fragments; the reporter rank fills it, all but its `config`."""
     write_s: float = 0.0
     """Seconds the rank stood still for it."""
 
@@ -230,6 +232,12 @@ def report_from_json(text: str) -> Report:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"A rank sent a malformed report {text[:200]!r}: {error}") from error
     return report
+
+
+def _problems(error: ValidationError) -> str:
+    """Where a value is wrong and why, without the value."""
+    found = error.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(f"{'.'.join(map(str, item['loc'])) or 'the whole'}: {item['msg']}" for item in found)
 
 
 def _dump(kind: Any, value: object) -> str:

@@ -1,7 +1,6 @@
 """What ranks of the tests run, beside `trainer.worker.run` itself. DeepSpeed is imported in the ranks only."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -44,12 +43,12 @@ def train_and_compare_tied(spec: WorkerSpec, hooks: QueueHooks) -> dict[str, obj
         return {"equal": all(torch.equal(holders[0], other) for other in holders), "elements": bits.numel()}
 
 
-def load_and_save(spec: WorkerSpec, hooks: QueueHooks) -> None:
-    """Load a checkpoint and write it elsewhere at once: to `target` of the specification's `config_json`."""
+def load_and_save(spec: WorkerSpec, hooks: QueueHooks, target: str) -> None:
+    """Load a checkpoint and write it to `target` at once."""
     from trainer.loop import save
 
     with _opened(spec, hooks) as rank:
-        rank.spec = replace(spec, checkpoints_uri=json.loads(spec.config_json)["target"])
+        rank.spec = replace(spec, checkpoints_uri=target)
         save(rank, None)
 
 
@@ -83,9 +82,9 @@ def rank_1_freezes(spec: WorkerSpec, hooks: QueueHooks) -> None:
     worker.run(spec, _DieAt(hooks, 3, signal.SIGSTOP) if spec.rank == 1 else hooks)
 
 
-def leave_no_traces(spec: WorkerSpec, hooks: QueueHooks) -> list[str]:
-    """Train; returns the modules loaded that could have built C++ code."""
-    os.environ["TORCH_EXTENSIONS_DIR"] = json.loads(spec.config_json)["extensions"]
+def leave_no_traces(spec: WorkerSpec, hooks: QueueHooks, extensions: str) -> list[str]:
+    """Train, with `extensions` for torch to build in; returns the modules loaded that could have built C++ code."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = extensions
     worker.run(spec, hooks)
     return [name for name in ("torch.utils.cpp_extension", "deepspeed.ops.op_builder.all_ops") if name in sys.modules]
 

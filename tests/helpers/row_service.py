@@ -32,7 +32,6 @@ class RowService:
     access: DataAccess
     manifest: DatasetManifest
     dataset: Path
-    config: DataConfig
 
 
 def write_corpus(path: Path, num_documents: int = 600, seed: int = 0) -> None:
@@ -85,7 +84,7 @@ def row_service(
             workers.append(DataWorker(str(dataset), address, TOKEN, row_source=source))
             workers[-1].start()
         access = DataAccess((address,), TOKEN, run_ahead=4, read_stall_s=3.0, stalled_s=20.0)
-        yield RowService(access, manifest, dataset, config)
+        yield RowService(access, manifest, dataset)
     finally:
         for worker in workers:
             worker.stop()

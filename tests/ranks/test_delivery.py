@@ -67,18 +67,6 @@ def test_wrong_tokens_change_the_hash_of_their_step_and_the_audit_finds_it(lab: 
         audit.close()
 
 
-def test_ranks_are_not_told_where_the_data_lie(lab: Lab) -> None:
-    """What they are given names neither the dataset nor its source, and what they report of the run leaves it open."""
-    with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED) as service:
-        sources = [source.path for source in service.config.sources]
-        dataset = str(service.dataset)
-        assert sources
-        for spec in specs_of(replace(lab.spec(Case(2, 2), lab.folder / "told"), data=service.access)):
-            assert not [path for path in [dataset, *sources] if path in spec.to_json()]
-    (state,) = [part.state for part in lab.reference(Case(1, 1)).parts[STEPS] if part.state is not None]
-    assert state.config == {}
-
-
 @pytest.mark.parametrize("case", [Case(1, 1), Case(1, 2)], ids=str)
 def test_a_wrong_row_fails_the_run(lab: Lab, case: Case) -> None:
     with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED, sources=(_WrongRow,)) as service:

@@ -3,6 +3,7 @@
 import ipaddress
 import socket
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.helpers.rank_programs import (
 )
 from tests.helpers.ranks import RanksFailedError, specs_of
 from tests.helpers.row_service import row_service
-from tests.ranks.conftest import GLOBAL_BATCH, HALF, SEED, SEQ_LEN, Case, Lab
+from tests.ranks.conftest import GLOBAL_BATCH, HALF, SEED, SEQ_LEN, STEPS, Case, Lab
 from trainer.protocol import WorkerSpec
 
 
@@ -80,12 +81,23 @@ def test_a_checkpoint_of_another_model_is_refused(lab: Lab) -> None:
 
 
 def test_ranks_compile_nothing_and_say_nothing(lab: Lab, tmp_path: Path) -> None:
-    spec = replace(lab.spec(Case(2, 2), tmp_path), config_json=f'{{"extensions": "{tmp_path / "extensions"}"}}')
-    outcome = lab.server.run(leave_no_traces, specs_of(spec))
+    program = partial(leave_no_traces, extensions=str(tmp_path / "extensions"))
+    outcome = lab.server.run(program, specs_of(lab.spec(Case(2, 2), tmp_path)))
     assert [outcome.returned[rank] for rank in range(4)] == [[]] * 4
     assert not (tmp_path / "extensions").exists()
     for log in outcome.logs:
         assert log.read_text() == ""
+
+
+def test_ranks_are_not_told_where_the_data_lie(lab: Lab) -> None:
+    """What they are given names neither the dataset nor its source, and what they report leaves the section open."""
+    with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED) as service:
+        paths = [service.dataset, service.dataset.parent / "corpus.csv"]
+        specs = specs_of(replace(lab.spec(Case(2, 2), lab.folder / "told"), data=service.access))
+    assert all(path.exists() for path in paths)
+    assert [path for path in paths for spec in specs if str(path) in spec.to_json()] == []
+    (state,) = [part.state for part in lab.reference(Case(1, 1)).parts[STEPS] if part.state is not None]
+    assert state.config == {}
 
 
 @pytest.mark.parametrize("case", [Case(2, 1), Case(1, 2)], ids=str)

@@ -1,6 +1,7 @@
 """Checkpoints through real engines: resumed runs, other meshes, and what a rank writes."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,5 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _load_and_save(lab: Lab, case: Case, source: Path, target: Path) -> None:
     spec = lab.spec(case, source, resume_step=HALF)
-    spec = replace(spec, config_json=f'{{"target": "{target}"}}')
-    outcome = lab.server.run(load_and_save, specs_of(spec))
+    outcome = lab.server.run(partial(load_and_save, target=str(target)), specs_of(spec))
     commit_all(replace(spec, checkpoints_uri=str(target)), outcome)

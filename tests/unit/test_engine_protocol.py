@@ -2,6 +2,7 @@
 
 import json
 import math
+import traceback
 
 import pytest
 
@@ -36,10 +37,9 @@ SPEC = WorkerSpec(
     vocab_size=300,
     model=ModelConfig.model_validate({"from": "/models/tiny"}),
     train=TrainConfig.model_validate({"parallel": {"dp": "auto", "pp": 2}, "micro_batch": 2}),
-    data=DataAccess(("127.0.0.1:1", "127.0.0.1:2"), "secret", 4, 3.0, 60.0),
+    data=DataAccess(("127.0.0.1:1", "127.0.0.1:2"), "Zk3vQ8wnT5", 4, 3.0, 60.0),
     checkpoints_uri="s3://bucket/run/checkpoints",
     resume_step=None,
-    config_json='{"run": {"name": "r"}}',
 )
 RECEIPT = PartReceipt(
     10, 3, 1, "attempt_3/rank_00001.safetensors", 64, (StoredRange("head.norm.weight", "exp_avg", 4, 8, 32, (7,)),)
@@ -80,6 +80,16 @@ def test_a_specification_survives_json() -> None:
     assert "\n" not in SPEC.to_json()
 
 
+def test_a_rank_is_told_no_more_of_the_configuration_than_it_needs() -> None:
+    """The `data` section names paths that no rank may know; a new field needs a thought about what it gives away."""
+    assert set(json.loads(SPEC.to_json())) == {
+        *("attempt", "rank", "world_size", "dp", "pp", "local_rank", "device", "master_addr", "master_port"),
+        *("seed", "seq_len", "vocab_size", "model", "train", "data", "checkpoints_uri", "resume_step"),
+        *("threads", "interface"),
+    }
+    assert set(json.loads(SPEC.to_json())["data"]) == {"control", "token", "run_ahead", "read_stall_s", "stalled_s"}
+
+
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: type(report).__name__)
 def test_a_report_survives_json(report: Report) -> None:
     text = report_to_json(report)
@@ -99,4 +109,28 @@ def test_what_is_no_specification_is_refused() -> None:
     fields = json.loads(SPEC.to_json())
     del fields["dp"]
     with pytest.raises(ConfigError, match="malformed specification"):
+        WorkerSpec.from_json(json.dumps(fields))
+
+
+@pytest.mark.parametrize("damage", ["a field less", "text for an object", "a bound", "cut short"])
+def test_a_malformed_specification_does_not_give_the_token_away(damage: str) -> None:
+    fields = json.loads(SPEC.to_json())
+    if damage == "a field less":
+        del fields["data"]["control"]
+    elif damage == "text for an object":
+        fields["data"] = json.dumps(fields["data"])
+    elif damage == "a bound":
+        fields["data"]["run_ahead"] = 0
+    text = json.dumps(fields)
+    with pytest.raises(ConfigError, match="malformed specification: [a-zA-Z.]+") as caught:
+        WorkerSpec.from_json(text[: text.index(SPEC.data.token) + 8] if damage == "cut short" else text)
+    told = "".join(traceback.format_exception(caught.value))
+    assert SPEC.data.token not in told
+    assert SPEC.data.token[:6] not in told
+
+
+def test_the_place_of_a_mistake_is_named() -> None:
+    fields = json.loads(SPEC.to_json())
+    fields["data"]["read_stall_s"] = "soon"
+    with pytest.raises(ConfigError, match=r"specification: data\.read_stall_s: Input should be a valid number"):
         WorkerSpec.from_json(json.dumps(fields))

@@ -293,18 +293,48 @@ def test_manifests_that_contradict_themselves_are_invalid(tmp_path: Path) -> Non
 
 
 def test_prune_keeps_what_it_is_told_the_newest_and_a_save_under_way(uri: str) -> None:
-    assert prune(uri, set()) == []
+    assert prune(uri, set(), newest=0) == []
     write_parts(uri, 5, 1, SHAPES)  # half-written long ago
     for step in (10, 20, 30, 40):
         commit_whole(uri, step, 1, SHAPES)
     write_parts(uri, 50, 1, SHAPES)  # under way
-    assert prune(uri, {20}) == [5, 10, 30]
+    assert prune(uri, {20}, newest=40) == [5, 10, 30]
     assert list_complete(uri) == [20, 40]
     verify(uri, 20)
     receipts = write_parts(uri, 50, 1, SHAPES)
     commit(uri, 50, 1, receipts, make_state(SHAPES, 50, dp=2))
-    assert prune(uri, set()) == [20, 40]
+    assert prune(uri, set(), newest=50) == [20, 40]
     assert list_complete(uri) == [50]
+
+
+def test_prune_spares_the_step_a_run_went_on_with_below_a_damaged_one(uri: str) -> None:
+    """Step 20 has a manifest and cannot be used: by its number alone it would be the only one to keep."""
+    for step in (10, 20):
+        commit_whole(uri, step, 1, SHAPES)
+    storage.write_bytes(f"{uri}/step_00000020/manifest.json", b"{")
+    found, skipped = newest_complete(uri)
+    assert found is not None
+    assert (found.step, [one.step for one in skipped]) == (10, [20])
+    commit_whole(uri, 15, 2, SHAPES)
+    keep = kept_steps([step for step in list_complete(uri) if step <= 15], {}, keep_last=1, keep_best=0)
+    assert prune(uri, keep, newest=15) == [10]
+    assert list_complete(uri) == [15, 20]
+    found, _ = newest_complete(uri)
+    assert found is not None
+    assert found.step == 15
+    assert prune(uri, set(), newest=15) == []
+    again = commit_whole(uri, 20, 2, SHAPES)
+    assert prune(uri, {20}, newest=20) == [15]
+    assert newest_complete(uri) == (again, [])
+
+
+def test_prune_leaves_parts_of_a_save_under_way_above_the_newest(uri: str) -> None:
+    """A slower attempt's manifest above: its other attempts' parts may be ours, being written."""
+    commit_whole(uri, 10, 2, SHAPES)
+    commit_whole(uri, 20, 1, SHAPES)
+    receipts = write_parts(uri, 20, 2, SHAPES)
+    assert prune(uri, {10}, newest=10) == []
+    assert all(storage.exists(f"{uri}/step_00000020/{receipt.file}") for receipt in receipts)
 
 
 def test_prune_clears_what_other_attempts_left_in_a_committed_step(tmp_path: Path) -> None:
@@ -313,7 +343,7 @@ def test_prune_clears_what_other_attempts_left_in_a_committed_step(tmp_path: Pat
     commit_whole(uri, 10, 2, SHAPES)
     write_parts(uri, 20, 2, SHAPES)
     commit_whole(uri, 20, 3, SHAPES)
-    prune(uri, {10, 20})
+    prune(uri, {10, 20}, newest=20)
     verify(uri, 10)
     verify(uri, 20)
     assert storage.list_names(f"{uri}/step_00000010") == ["attempt_2", "manifest.json"]

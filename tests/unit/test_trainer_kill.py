@@ -26,7 +26,7 @@ def _save_forever(uri: str, attempt: int, step: int, said: Connection) -> None:
         said.send(("begun", step))
         commit_whole(uri, step, attempt, SHAPES)
         said.send(("committed", step))
-        prune(uri, kept_steps(list_complete(uri), {}, keep_last=2, keep_best=0))
+        prune(uri, kept_steps(list_complete(uri), {}, keep_last=2, keep_best=0), newest=step)
 
 
 def _kill_at_random_points(uri: str, num_kills: int) -> dict[str, int]:
