@@ -1,26 +1,17 @@
 """Takes a checkpoint out of training: chooses it, exports it, and finds it again."""
 
-import hashlib
-from dataclasses import dataclass
-
 from cluster.config import RunConfig
 from cluster.events import Event
 from cluster.policies import choose_promotion
 from cluster.run_store import RunFolder, RunWriter
 from data_service.errors import ConfigError
+from serve.exports import FinishedExport, finished_exports
 from trainer import manifest
 
 __all__ = ["Export", "export_step", "newest_export", "promote"]
 
-
-@dataclass(frozen=True)
-class Export:
-    """A Hugging Face folder made from a checkpoint."""
-
-    uri: str
-    step: int
-    digest: str
-    """Digest of the checkpoint it was made from."""
+Export = FinishedExport
+"""What a run hands to its endpoint."""
 
 
 def promote(config: RunConfig, writer: RunWriter) -> Export:
@@ -49,18 +40,22 @@ def export_step(config: RunConfig, step: int, out_uri: str) -> Export:
     from trainer.export import export_checkpoint
 
     uri = RunFolder(config.root).checkpoints_uri
-    export_checkpoint(uri, step, out_uri, f"{config.dataset_uri}/tokenizer")
-    content = manifest.read_manifest(uri, step).to_json().encode()
-    return Export(out_uri, step, hashlib.blake2b(content, digest_size=16).hexdigest())
+    provenance = export_checkpoint(uri, step, out_uri, f"{config.dataset_uri}/tokenizer")
+    return Export(out_uri, provenance.step, provenance.digest)
 
 
 def newest_export(config: RunConfig) -> Export:
-    """The export that was recorded last.
+    """The export that was promoted last, where its folder is still whole; else the highest step that was exported.
 
     Raises:
         ConfigError: nothing was exported yet.
     """
-    for event in reversed(RunFolder(config.root).events()):
-        if event["event"] == Event.EXPORTED.value:
-            return Export(event["uri"], int(event["step"]), event["digest"])
-    raise ConfigError(f"{config.root}: no export yet. Run `stormjib train` or `stormjib export` on this file first.")
+    folder = RunFolder(config.root)
+    finished = finished_exports(f"{folder.root}/export")
+    promoted = [int(event["step"]) for event in folder.events() if event["event"] == Event.EXPORTED.value]
+    step = promoted[-1] if promoted and promoted[-1] in finished else max(finished, default=None)
+    if step is None:
+        raise ConfigError(
+            f"{folder.root}/export: no export yet. Run `stormjib train` or `stormjib export` on this file first."
+        )
+    return finished[step]

@@ -4,21 +4,17 @@ Owns the choice of the export that is served. It starts nothing: whoever reads t
 `serve deploy`) runs the application. `serve.deployment.deploy` is the way for a driver of our own.
 """
 
-import re
-
 from pydantic import Field
 from ray.serve import Application
 
-from data_service import storage
 from data_service.errors import ConfigError
 from data_service.settings import Section
 from serve.config import ServeConfig
 from serve.deployment import application
+from serve.exports import finished_exports
 from serve.spec import ServeSpec
 
 __all__ = ["AppArgs", "build", "spec_from_args"]
-
-_STEP_FOLDER = re.compile(r"step_\d{8,}")
 
 
 class AppArgs(Section):
@@ -50,21 +46,7 @@ def spec_from_args(args: AppArgs) -> ServeSpec:
     Raises:
         ConfigError: there is no such export.
     """
-    from trainer.export import read_provenance
-
-    finished: dict[int, ServeSpec] = {}
-    for name in filter(_STEP_FOLDER.fullmatch, storage.list_names(args.export_uri)):
-        uri = storage.join(args.export_uri, name)
-        provenance = read_provenance(uri)
-        if provenance is not None:  # it is written last: without it the export was not finished
-            finished[provenance.step] = ServeSpec(
-                model_uri=uri,
-                model_name=args.model_name,
-                step=provenance.step,
-                digest=provenance.digest,
-                config=args.serve,
-                device="cuda" if args.serve.gpus_per_replica else "cpu",
-            )
+    finished = finished_exports(args.export_uri)
     step = args.step if args.step is not None else max(finished, default=None)
     if step is None or step not in finished:
         wanted = "an export" if step is None else f"the export of step {step}"
@@ -73,4 +55,12 @@ def spec_from_args(args: AppArgs) -> ServeSpec:
             f"{args.export_uri} does not hold {wanted}; finished steps there: {steps}. Train or export first, or name "
             "another step."
         )
-    return finished[step]
+    export = finished[step]
+    return ServeSpec(
+        model_uri=export.uri,
+        model_name=args.model_name,
+        step=export.step,
+        digest=export.digest,
+        config=args.serve,
+        device="cuda" if args.serve.gpus_per_replica else "cpu",
+    )

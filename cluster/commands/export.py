@@ -1,10 +1,10 @@
 """`stormjib export FILE`: write a committed checkpoint as a Hugging Face folder."""
 
 import argparse
-from pathlib import Path
 
 from cluster.commands.arguments import add_run_file, config_of
 from cluster.run_store import RunFolder
+from data_service import storage
 from data_service.errors import ConfigError
 
 __all__ = ["add_arguments", "execute"]
@@ -32,6 +32,11 @@ def execute(arguments: argparse.Namespace) -> int:
         found = ", ".join(map(str, complete)) or "none"
         asked = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ConfigError(f"{folder.checkpoints_uri}: {asked}; committed: {found}. Name one of those with --step.")
-    out = str(Path(arguments.out).resolve()) if arguments.out else folder.export_uri(step)
+    out = _absolute(arguments.out) if arguments.out else folder.export_uri(step)
     print(export_step(config, step, out).uri)
     return 0
+
+
+def _absolute(out: str) -> str:
+    """A path of this machine without its relative parts; a URI as it is."""
+    return str(storage.local_path(out).expanduser().resolve()) if storage.is_local(out) else out
