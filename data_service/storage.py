@@ -1,11 +1,14 @@
 """Bytes under a URI: a local path, or anything fsspec knows (`s3://`, `gs://`, `memory://` in tests).
 
+Anything may be read; what only one writer may publish goes to local file systems with hard links and to S3.
+
 Owns atomic publication (a reader sees the whole of a file or none of it), writes that fail when the file exists,
 ranged reads and bounded retries on remote stores. What an absent file means is the caller's business: FileNotFoundError
 passes through. Filesystems are created on first use in the process that uses them, never inherited over a fork.
 """
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -18,14 +21,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from data_service.errors import ConfigError
+
 __all__ = [
+    "check_commits",
     "exists",
     "file_size",
     "glob_files",
     "is_local",
     "join",
     "list_names",
+    "list_sizes",
     "local_path",
+    "move_file",
     "open_input",
     "publish",
     "put_if_absent",
@@ -39,6 +47,10 @@ __all__ = [
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 5
 _FIRST_BACKOFF_S = 0.2
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+_COMMIT_PROTOCOLS = ("s3", "s3a", "memory")
+"""Stores whose exclusive create is one: a conditional put on S3, a check in this process's memory. What fsspec does for
+a file system that has none of its own looks first and writes then, so that two writers may both win."""
 _NOT_WORTH_RETRYING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 ResultT = TypeVar("ResultT")
@@ -104,6 +116,7 @@ def exists(uri: str) -> bool:
     if is_local(uri):
         return local_path(uri).exists()
     fs, path = _remote(uri)
+    fs.invalidate_cache()  # listings from before say nothing about other writers
     return _retry(f"looking for {uri}", lambda: bool(fs.exists(path)))
 
 
@@ -191,6 +204,33 @@ def write_bytes(uri: str, data: bytes) -> None:
         file.write(data)
 
 
+def check_commits(uri: str) -> None:
+    """Check that `put_if_absent` can work at this place, as far as its URI tells.
+
+    Raises:
+        ConfigError: for a remote store that is not known to let exactly one of several writers win.
+    """
+    protocol = uri.partition("://")[0]
+    if not is_local(uri) and protocol not in _COMMIT_PROTOCOLS:
+        raise ConfigError(
+            f"{uri}: manifests were to be published there, and {protocol}:// is not known to refuse a second writer of "
+            "one file. Use s3:// or a folder."
+        )
+
+
+def _file_system(path: Path) -> str:
+    """The type and mount point of the file system that holds a path, for messages."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return "of unknown type"
+    resolved = path.resolve()
+    # The last of the deepest mount points is the one on top.
+    holding = [one for one in mounts if resolved.is_relative_to(one[1])]
+    found = max(enumerate(holding), key=lambda item: (len(item[1][1]), item[0]), default=None)
+    return "of unknown type" if found is None else f"{found[1][2]} on {found[1][1]}"
+
+
 def put_if_absent(uri: str, data: bytes) -> bool:
     """Publish a file unless one is there; of several writers exactly one wins.
 
@@ -199,7 +239,12 @@ def put_if_absent(uri: str, data: bytes) -> bool:
 
     Returns:
         Whether this call wrote it.
+
+    Raises:
+        ConfigError: where exactly one winner cannot be promised: a local file system without hard links, or a remote
+            store that `check_commits` refuses.
     """
+    check_commits(uri)
     if is_local(uri):
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +257,14 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             os.link(temporary, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            raise ConfigError(
+                f"{uri} was to be published, the file system there ({_file_system(path.parent)}) makes no hard links "
+                f"({error.strerror}), without which a crash could leave half a file or two writers could both win. "
+                "Choose a folder on another file system, or an s3:// URI."
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
@@ -252,6 +305,34 @@ def list_names(uri: str) -> list[str]:
             found = []
         names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found]
     return sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Bytes of the files directly below a folder, by name. Empty when it is absent."""
+    if is_local(uri):
+        path = local_path(uri)
+        return {one.name: one.stat().st_size for one in path.iterdir() if one.is_file()} if path.is_dir() else {}
+    fs, remote_path = _remote(uri)
+    fs.invalidate_cache()
+    try:
+        found = _retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {str(one["name"]).rsplit("/", 1)[-1]: int(one["size"]) for one in found if one["type"] == "file"}
+
+
+def move_file(source: str, target: str) -> None:
+    """Move a file within one store, replacing what is there. Local: a rename, made durable. Remote: a server's copy."""
+    if is_local(source):
+        path = local_path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        local_path(source).replace(path)
+        _sync_folder(path.parent)
+        return
+    fs, source_path = _remote(source)
+    _, target_path = _remote(target)
+    _retry(f"writing {target}", lambda: fs.cp_file(source_path, target_path))
+    remove_file(source)
 
 
 def glob_files(pattern: str) -> list[str]:

@@ -1,10 +1,13 @@
 """Files under URIs: whole or absent, won by one writer, local and remote alike."""
 
+import errno
+import os
 import threading
 
 import pytest
 
 from data_service import storage
+from data_service.errors import ConfigError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -78,3 +81,31 @@ def test_a_write_that_fails_leaves_what_was_there(root):
         fail()
     assert storage.read_bytes(uri) == b"old"
     assert storage.list_names(root) == ["file"]
+
+
+def test_a_moved_file_replaces_and_sizes_are_listed(root):
+    source, target = storage.join(root, "work", "a"), storage.join(root, "done", "b")
+    storage.write_bytes(source, b"12345")
+    storage.write_bytes(target, b"x")
+    storage.move_file(source, target)
+    assert storage.read_bytes(target) == b"12345"
+    assert not storage.exists(source)
+    assert storage.list_sizes(storage.join(root, "done")) == {"b": 5}
+    assert storage.list_sizes(storage.join(root, "nowhere")) == {}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_file_system_without_hard_links_is_named(tmp_path, monkeypatch, code):
+    def refuse(source, target):
+        raise OSError(code, os.strerror(code), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", refuse)  # what vfat and some network mounts answer
+    with pytest.raises(ConfigError, match=r"manifest\.json .*\(\w+ on /.*\) makes no hard links"):
+        storage.put_if_absent(str(tmp_path / "manifest.json"), b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/run/manifest.json", "sftp://host/run/manifest.json"])
+def test_stores_without_an_exclusive_create_take_no_commits(uri):
+    with pytest.raises(ConfigError, match=r"(gs|sftp):// is not known to refuse a second writer.*s3://"):
+        storage.put_if_absent(uri, b"x")
