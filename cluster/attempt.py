@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.agent_events import AgentEvent, ExitPayload
 from cluster.checkpoint_commits import CheckpointCommitter
@@ -21,7 +21,7 @@ from cluster.policies import Failure, RankExit, classify_failure
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from data_service.audit import SampleAudit
-from data_service.errors import DataUnavailableError
+from data_service.errors import DataUnavailableError, StormjibError
 from trainer.protocol import (
     EvalReport,
     FinishedReport,
@@ -92,6 +92,7 @@ class Attempt:
         console: RunConsole,
         audit: SampleAudit | None,
         *,
+        resume_step: int,
         best_step_before: int,
         stop_requested: Callable[[], bool],
         on_idle_node_lost: Callable[[str], None],
@@ -117,7 +118,8 @@ class Attempt:
         self._exits: dict[int, RankExit] = {}
         self._lost_nodes: set[str] = set()
         self._stop_sent = False
-        self._last_step = 0
+        self._stopped_early = False
+        self._last_step = resume_step
         self.timing = AttemptTiming(started=time.monotonic())
 
     def run(self) -> AttemptOutcome:
@@ -126,12 +128,7 @@ class Attempt:
             node: self._agents[node].start_attempt.remote(self._number, [spec.to_json() for spec in specs])
             for node, specs in self._ranks_by_node.items()
         }
-        for node, ref in starts.items():
-            try:
-                ray.get(ref, timeout=START_S)
-            except RayError as error:
-                _log.warning("node %s did not start its ranks: %s", node[:8], error)
-                self._lost_nodes.add(node)
+        self._await_starts(starts)
         watches = {node: _Watch(handle) for node, handle in self._agents.items()}
         try:
             self._follow(watches)
@@ -139,6 +136,24 @@ class Attempt:
             self._end_ranks(watches)
             raise
         return self._outcome(watches)
+
+    def _await_starts(self, starts: Mapping[str, Any]) -> None:
+        """See that every agent has taken its ranks; one that has not is lost.
+
+        Raises:
+            StormjibError: what an agent says is wrong with the ranks.
+        """
+        ray.wait(list(starts.values()), num_returns=len(starts), timeout=START_S)
+        for node, ref in starts.items():
+            try:
+                ray.get(ref, timeout=0.1)
+            except RayTaskError as error:
+                if isinstance(error.cause, StormjibError):
+                    raise error.cause from None
+                raise
+            except RayError as error:
+                _log.warning("node %s did not start its ranks: %s", node[:8], error)
+                self._lost_nodes.add(node)
 
     def _follow(self, watches: Mapping[str, _Watch]) -> None:
         """Take the agents' events until the attempt is over.
@@ -152,15 +167,15 @@ class Attempt:
             self._pass_on_stop()
             self._watch_data()
             self._commit()
-            ready, _ = ray.wait(list(polls), num_returns=1, timeout=0.2)
-            for ref in ready:
+            ray.wait(list(polls), num_returns=1, timeout=0.2)
+            answered, silent = ray.wait(list(polls), num_returns=len(polls), timeout=0.0)
+            for ref in silent:  # before the answered are asked again: this loop may have been busy for long
+                if time.monotonic() - watches[polls[ref]].asked > SILENT_S:
+                    self._lose(polls.pop(ref))
+            for ref in answered:
                 node = polls.pop(ref)
                 if self._take(ref, node, watches[node]):
                     polls[self._poll(watches[node])] = node
-            for ref, node in list(polls.items()):
-                if time.monotonic() - watches[node].asked > SILENT_S:
-                    polls.pop(ref)
-                    self._lose(node)
             if self.timing.ready is None and time.monotonic() - self.timing.started > START_S:
                 break
 
@@ -260,18 +275,25 @@ class Attempt:
             self._on_first_step(report.step, self.timing)
 
     def _pass_on_stop(self) -> None:
-        """Ask all ranks to leave at the next step boundary, once; a rank that is not ready is asked when it is."""
-        if self._stop_sent or self.timing.ready is None or not self._stop_requested():
+        """Ask all ranks to leave at the next step boundary, once. Before they are ready there is nothing to save."""
+        if self._stop_sent or not self._stop_requested():
             return
         self._stop_sent = True
+        self._writer.events.write(Event.STOP_REQUESTED)
+        if self.timing.ready is None:
+            self._stopped_early = True
+            return
         self._writer.events.enter(RunState.DRAINING)
         for node in self._ranks_by_node:
             self._agents[node].control.remote(self._number, self._last_step + 1)
 
     def _is_over(self) -> bool:
-        return bool(self._lost_nodes or self._exits) or len(self._finished) == self._world_size
+        return bool(self._lost_nodes or self._exits or self._stopped_early) or len(self._finished) == self._world_size
 
     def _outcome(self, watches: Mapping[str, _Watch]) -> AttemptOutcome:
+        if self._stopped_early:
+            self._end_ranks(watches)
+            return AttemptOutcome("stopped", self._last_step, False, None, self.timing)
         if len(self._finished) == self._world_size and not self._lost_nodes:
             reason = next(iter(self._finished.values())).reason
             self._end_ranks(watches)
@@ -287,7 +309,7 @@ class Attempt:
             sorted(self._exits.values(), key=lambda item: item.rank), frozenset(self._lost_nodes)
         )
         for item in self._exits.values():
-            fields = {"rank": item.rank, "exit_code": item.code, "reason": item.error[-2000:]}
+            fields = {"rank": item.rank, "exit_code": item.code, "error": item.error_type, "reason": item.error[-2000:]}
             self._writer.events.write(Event.RANK_LOST, node_id=item.node_id, fields=fields)
         for node in sorted(self._lost_nodes):
             self._writer.events.write(Event.NODE_LOST, node_id=node)

@@ -62,6 +62,11 @@ class RunConfig(Section):
                 f"cluster.min_nodes={self.cluster.min_nodes} with cluster.node.slots={self.cluster.node.slots} cannot "
                 f"hold one pipeline of train.parallel.pp={pp}. Raise cluster.min_nodes or lower train.parallel.pp."
             )
+        if self.train.device == "cpu" and self.cluster.node.gpus:
+            raise ValueError(
+                f"train.device=cpu with cluster.node.gpus={self.cluster.node.gpus}: ranks on CPUs need no GPU. Set "
+                "cluster.node.gpus=0, or train.device=auto."
+            )
         if self.train.device == "cuda" and self.cluster.node.gpus == 0:
             raise ValueError(
                 "train.device=cuda with cluster.node.gpus=0: no slot has a GPU. Set cluster.node.gpus to the slots of "

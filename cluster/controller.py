@@ -5,7 +5,7 @@ through agents and the data service, and writes everything that happens to the r
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -21,8 +21,10 @@ from cluster.placement import Placement
 from cluster.policies import FailureBudget, decide_recovery
 from cluster.run_store import RunWriter
 from cluster.states import RunState
+from cluster.stop_signal import StopSignal
 from data_service.access import DataAccess
 from data_service.audit import SampleAudit
+from data_service.errors import ConfigError
 from data_service.plan import make_plan
 from data_service.shards import DatasetManifest
 from trainer import manifest as checkpoints
@@ -59,20 +61,19 @@ class Controller:
         writer: RunWriter,
         console: RunConsole,
         dataset: DatasetManifest,
-        stop_requested: Callable[[], bool],
+        stop: StopSignal,
     ) -> None:
         self._config = config
         self._pool = pool
         self._writer = writer
         self._console = console
         self._dataset = dataset
-        self._stop_requested = stop_requested
+        self._stop = stop
         self._budget = FailureBudget()
         self._best_step = writer.folder.history().last_step
         self._loss: _Loss | None = None
         self._data: DataServiceHandle | None = None
         self._access: DataAccess | None = None
-        self._looked_deep = False
         self._told_skipped: set[int] = set()
         self._audit = self._make_audit()
 
@@ -142,7 +143,7 @@ class Controller:
         placement = self._place()
         events.enter(RunState.PLACING)
         resume = self._newest_checkpoint()
-        self._writer.discard_after(resume or 0)
+        self._writer.discard_after(-1 if resume is None else resume)
         self._writer.next_attempt()
         if self._audit is not None:
             self._audit.forget()
@@ -165,13 +166,15 @@ class Controller:
             CheckpointCommitter(self._writer, config, mesh.world_size, self._audit),
             self._console,
             self._audit,
+            resume_step=resume or 0,
             best_step_before=self._best_step,
-            stop_requested=self._stop_requested,
+            stop_requested=self._stop,
             on_idle_node_lost=self._lose_idle_node,
             watch_data=self._watch_data,
             on_first_step=self._first_step,
         )
-        outcome = attempt.run()
+        with self._stop.deferred():
+            outcome = attempt.run()
         self._best_step = max(self._best_step, outcome.last_step)
         return outcome
 
@@ -226,14 +229,24 @@ class Controller:
         return self._config.train.device
 
     def _newest_checkpoint(self) -> int | None:
-        """The step to go on from; every byte is looked at once, before this controller's first attempt."""
-        found, skipped = checkpoints.newest_complete(self._writer.folder.checkpoints_uri, deep=not self._looked_deep)
-        self._looked_deep = True
+        """The step to go on from: the newest whose every byte is right.
+
+        Raises:
+            ConfigError: steps were committed, and none of them can be loaded.
+        """
+        uri = self._writer.folder.checkpoints_uri
+        found, skipped = checkpoints.newest_complete(uri)
         for item in skipped:
             if item.step not in self._told_skipped:
                 self._told_skipped.add(item.step)
                 self._writer.events.write(Event.CHECKPOINT_SKIPPED, fields={"step": item.step, "reason": item.reason})
                 self._console.say(f"checkpoint of step {item.step} is left out: {item.reason}")
+        committed = checkpoints.list_complete(uri) if found is None else []
+        if committed:
+            raise ConfigError(
+                f"{uri}: steps {', '.join(map(str, committed))} were committed, and none can be loaded. Restore "
+                "one from a backup, or move the folder away to train from the beginning. Nothing was changed."
+            )
         return None if found is None else found.step
 
     def _recover(self, outcome: AttemptOutcome) -> None:
@@ -251,8 +264,6 @@ class Controller:
             max_program_failures=cluster.max_program_failures,
         )
         self._budget = decision.budget
-        if failure.cause != "node":
-            self._looked_deep = False
         for node in failure.lost_nodes:
             self._pool.forget(node)
         if decision.action == "fail":

@@ -26,16 +26,16 @@ class Event(StrEnum):
     DATA_SERVICE_READY = "data_service_ready"  # workers: [{node_id, address, pid}], at the start of the service
     ATTEMPT_STARTED = "attempt_started"  # dp, pp, resume_step, ranks: [{rank, node_id, slot}]
     ATTEMPT_RUNNING = "attempt_running"  # phases: seconds by phase, the slowest rank's
-    RANK_LOST = "rank_lost"  # rank, node_id, exit_code, reason
+    RANK_LOST = "rank_lost"  # rank, node_id, exit_code, error (its class), reason
     NODE_LOST = "node_lost"  # node_id
     DATA_WORKER_LOST = "data_worker_lost"
     ATTEMPT_STOPPED = "attempt_stopped"  # reason
-    RECOVERED = "recovered"  # lost_step, resume_step, step, phases: {detect_s, stop_s, place_s, start_s, step_s}
-    CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, bytes, seconds
+    RECOVERED = "recovered"  # lost_step, resume_step, step, seconds, phases: {stop_s, place_s, start_s, step_s}
+    CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, bytes, write_s
     CHECKPOINT_SKIPPED = "checkpoint_skipped"  # step, reason
     EXPORTED = "exported"  # step, uri, digest
     SERVING = "serving"  # url, step
-    STOP_REQUESTED = "stop_requested"  # source
+    STOP_REQUESTED = "stop_requested"
     RUN_ENDED = "run_ended"  # step, error
 
 
@@ -48,7 +48,7 @@ class EventLog:
         self.attempt = 0
 
     def write(self, event: Event, *, node_id: str | None = None, fields: dict[str, Any] | None = None) -> None:
-        """Append one event; it is on disk when this returns."""
+        """Append one event; it is on the disk, or in the object store, when this returns."""
         self._journal.append(
             {
                 "v": EVENTS_VERSION,
@@ -61,6 +61,7 @@ class EventLog:
                 **(fields or {}),
             }
         )
+        self._journal.flush()
 
     def enter(self, state: RunState) -> None:
         """Change the state and record it; nothing happens when it is the state already."""

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from cluster.config import RunConfig
 from cluster.console import RunConsole
@@ -41,8 +41,9 @@ def train_and_export(config: RunConfig, console: RunConsole) -> int:
 def run_all(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
     _check_early(config)
-    with open_session(config.cluster, config.serve) as session:
+    with ExitStack() as outlives_training:
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
+            session = outlives_training.enter_context(open_session(config.cluster, config.serve))
             export = _train(config, session, writer, console, stop)
             if export is None:
                 return 130 if stop.interrupted else 0
@@ -83,8 +84,8 @@ def _opened(config: RunConfig) -> Iterator[RunWriter]:
     except BaseException as error:
         if not writer.events.state.is_terminal:
             writer.events.enter(RunState.CANCELLED if isinstance(error, KeyboardInterrupt) else RunState.FAILED)
-            text = str(error) if isinstance(error, StormjibError) else f"{type(error).__name__}: {error}"
-            writer.events.write(Event.RUN_ENDED, fields={"step": _last_step(writer), "error": text[:4000]})
+        text = str(error) if isinstance(error, StormjibError) else f"{type(error).__name__}: {error}"
+        writer.events.write(Event.RUN_ENDED, fields={"step": _last_step(writer), "error": text[:4000]})
         raise
     finally:
         writer.close()

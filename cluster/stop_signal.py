@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -15,13 +16,16 @@ _LOOK_EVERY_S = 1.0
 class StopSignal:
     """Collects requests to stop while it is entered.
 
-    The first SIGINT or SIGTERM asks for a checkpoint and an orderly end; the second interrupts at once.
+    Where the run can save something (`deferred`), the first SIGINT or SIGTERM asks for a checkpoint and an orderly end,
+    and the second interrupts at once. Elsewhere the first interrupts. `interrupted` tells whether a signal asked,
+    rather than `stormjib stop`.
     """
 
     def __init__(self, requested_outside: Callable[[], bool], announce: Callable[[str], None]) -> None:
         self._requested_outside = requested_outside
         self._announce = announce
         self._asked = False
+        self._deferring = False
         self.interrupted = False
         self._looked = 0.0
         self._previous: dict[int, object] = {}
@@ -47,10 +51,20 @@ class StopSignal:
                 self._announce("asked to stop: the run writes a checkpoint and ends at the next step")
         return self._asked
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """As long as the block runs, a first signal is kept for `__call__` to tell."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._asked:
+        again, self.interrupted = self.interrupted, True
+        if again or not self._deferring:
             raise KeyboardInterrupt
-        self._asked = self.interrupted = True
+        self._asked = True
         self._announce(
             f"{signal.Signals(number).name}: the run ends after a checkpoint at the next step; once more ends it now"
         )

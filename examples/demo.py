@@ -41,7 +41,7 @@ def main() -> int:
     keep_earlier_run(Path(config.root))
     command = [sys.executable, "-m", "cluster", "run", str(RUN_FILE), "serve.port=0"]
     say("$ stormjib run examples/reviews.yaml")
-    process = subprocess.Popen(command, cwd=HERE.parent)
+    process = subprocess.Popen(command, cwd=HERE.parent, start_new_session=True)
     try:
         story = Story(config, process)
         killed = story.kill_a_node()
@@ -122,6 +122,7 @@ class Story:
         node_id = next(rank["node_id"] for rank in started["ranks"] if rank["rank"] == 0)
         nodes = self.wait_for("nodes_ready")["nodes"]
         pid = next(node["pid"] for node in nodes if node["node_id"] == node_id)
+        assert pid is not None, "a local node tells its process"
         root = psutil.Process(pid)
         victims = [root, *root.children(recursive=True)]
         at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Data workers of a real run, killed and frozen from outside."""
+"""The data service of a real run: its processes killed and frozen from outside."""
 
 import os
 import signal
@@ -21,8 +21,12 @@ TRAIN = """
 """
 
 
+def service(run: RunProcess, role: str) -> list[int]:
+    return [int(item["pid"]) for item in run.events("data_service_ready")[-1]["workers"] if item["role"] == role]
+
+
 def workers(run: RunProcess) -> list[int]:
-    return [int(worker["pid"]) for worker in run.events("data_service_ready")[-1]["workers"]]
+    return service(run, "worker")
 
 
 @contextmanager
@@ -73,3 +77,23 @@ def test_killed_data_workers_are_replaced_and_no_rank_notices(tmp_path: Path) ->
         assert len(run.events("data_worker_lost")) == 2
         hashes = [record["sample_hash"] for record in step_records(run.folder).values()]
         assert len(set(hashes)) == len(hashes) == 400
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_control_plane_comes_back_and_no_rank_notices(tmp_path: Path) -> None:
+    file = write_run(tmp_path, train=TRAIN)
+    with running("train", file, "train.steps=600") as run:
+        run.until_step(10)
+        before = workers(run)
+        os.kill(service(run, "control")[0], signal.SIGKILL)
+        run.until_event("data_service_ready", count=2)
+        run.until_step(200)
+        # The workers have registered with the new control plane: with one of them gone it still names the other.
+        os.kill(before[0], signal.SIGKILL)
+        run.until_event("data_service_ready", count=3)
+        assert set(workers(run)) & set(before) == {before[1]}, "a worker that answered was replaced"
+        assert service(run, "control"), "the control plane is not told of"
+        assert run.wait() == 0, run.output[-4000:]
+        assert len(run.events("attempt_started")) == 1, "the ranks were restarted"
+        assert not run.events("rank_lost")
+        assert len(step_records(run.folder)) == 600
