@@ -47,6 +47,10 @@ STOP_S = 30.0
 """A keeper must have ended its node within this time."""
 _LONGEST_FOLDER = 30
 """A Unix socket's path may have 107 bytes, and Ray adds up to 76 to the folder's."""
+_NO_PORT = "65536"
+"""Nothing can listen there. The dashboard's process, which runs on a head with a dashboard and without one, gives its
+metrics to anybody on all interfaces unless the head is 127.0.0.1 (Ray 2.60, dashboard/head.py), which a node cannot be:
+`ray start` replaces that address. Where the process cannot listen it goes on without."""
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent)
 
 _NODE_ENVIRONMENT = {
@@ -219,7 +223,7 @@ class LocalCluster:
             f"--dashboard-port={self._free_port(host)}",
             "--no-monitor",
         ]
-        extra = {"DASHBOARD_METRIC_PORT": str(self._free_port("127.0.0.1"))}
+        extra = {"DASHBOARD_METRIC_PORT": _NO_PORT}
         if gpus:
             extra["CUDA_VISIBLE_DEVICES"] = ",".join(_visible_gpus()[:gpus])
         self.head = self._start_node(0, arguments, cpus, gpus, {HEAD_RESOURCE: 1}, object_store_bytes, extra)

@@ -1,5 +1,6 @@
 """Local Ray nodes: real starts and kills, whatever HOME holds, and nothing left behind."""
 
+import http.client
 import os
 import signal
 import stat
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -141,3 +143,39 @@ def test_nodes_end_when_their_owner_is_killed() -> None:
     finally:
         if owner.poll() is None:
             owner.kill()
+
+
+@pytest.mark.timeout(120)
+def test_what_listens_on_all_interfaces_tells_a_stranger_nothing() -> None:
+    with LocalCluster.start(nodes=1, slots=1, object_store_bytes=OBJECT_STORE) as cluster:
+        assert cluster.head is not None
+        logs = cluster.head.folder / "session_latest" / "logs" / "dashboard.log"
+        until(lambda: "metrics server" in logs.read_text(errors="replace") if logs.exists() else False, "the dashboard")
+        until(lambda: "http server disabled" in logs.read_text(errors="replace"), "the dashboard is up")
+        open_ports = set()
+        for pid in all_processes(cluster):
+            try:
+                sockets = psutil.Process(pid).net_connections("tcp")
+            except psutil.NoSuchProcess:
+                continue
+            open_ports |= {
+                item.laddr.port
+                for item in sockets
+                if item.status == psutil.CONN_LISTEN and item.laddr.ip in ("0.0.0.0", "::")
+            }
+        assert open_ports, "Ray's servers listen on all interfaces; has it changed?"
+        for port in sorted(open_ports):
+            assert plain_get(port, "/metrics") != 200, port
+            assert plain_get(port, "/") != 200, port
+
+
+def plain_get(port: int, path: str) -> int | None:
+    """The status of an answer to a request without a token; None when what listens speaks no HTTP/1."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5.0)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (http.client.HTTPException, OSError):
+        return None
+    finally:
+        connection.close()
