@@ -19,7 +19,10 @@ from trainer.topology import BatchLayout
 __all__ = ["MicroBatch", "RowSource", "count_tokens", "micro_batches"]
 
 MicroBatch = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""((tokens, positions, doc_ids), (labels, weights)): four int64 [B, T] and fp32 [B]."""
+"""((tokens, positions, doc_ids), (labels, weights)): four int64 [B, T] and fp32 [B].
+
+doc_ids are carried and not used: attention is causal over whole rows (see `trainer.pipeline.State`).
+"""
 
 
 class RowSource(Protocol):

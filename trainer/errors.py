@@ -3,7 +3,6 @@
 StormjibError (data_service.errors)
 ├── TrainError
 │   ├── WorkerLostError             a rank ended before its run did: retryable
-│   ├── PreemptedError              a rank was asked to leave its node: retryable
 │   ├── CollectiveTimeoutError      a collective did not end within its deadline: retryable
 │   └── NonFiniteLossError          the loss or the gradient is not a number; never retried blindly
 └── CheckpointError
@@ -23,7 +22,6 @@ __all__ = [
     "CommitLostError",
     "ManifestInvalidError",
     "NonFiniteLossError",
-    "PreemptedError",
     "TrainError",
     "WorkerLostError",
 ]
@@ -35,12 +33,6 @@ class TrainError(StormjibError):
 
 class WorkerLostError(TrainError):
     """A rank ended before its run did."""
-
-    retryable = True
-
-
-class PreemptedError(TrainError):
-    """A rank was asked to leave its node."""
 
     retryable = True
 

@@ -1,21 +1,20 @@
 """Initial weights, each a pure function of (seed, canonical name).
 
 Whichever rank holds a parameter, and in whichever order, it starts with the same bytes, so that step 0 is equal on
-every mesh. Also fills parameters from a Hugging Face folder. Draws from numpy's Philox, which depends on neither
-threads nor the processor's instruction set.
+every mesh. Draws from numpy's Philox, which depends on neither threads nor the processor's instruction set. Filling an
+engine with them is `trainer.fragment_readers.fill_initial`.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainer.model import TransformerConfig, parameter_shapes
+from trainer.model import TransformerConfig
 
-__all__ = ["initial_tensor", "initialise"]
+__all__ = ["initial_tensor"]
 
 _RESIDUAL_OUTPUTS = (".attention.out.weight", ".feed_forward.down.weight")
 
@@ -43,28 +42,3 @@ def initial_tensor(name: str, shape: tuple[int, ...], seed: int, config: Transfo
     key = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest(), "little")
     values = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(values).mul_(std)
-
-
-def initialise(
-    named: Iterable[tuple[str, nn.Parameter]], seed: int, config: TransformerConfig, folder: str | None = None
-) -> None:
-    """Fill parameters in place, in their own dtype and on their own device.
-
-    Args:
-        named: (canonical name, parameter) of any part of the model; tied copies may each be named.
-        seed: of the run.
-        config: shape of the model.
-        folder: a Hugging Face folder (`model.from`) to take the values from instead.
-
-    Raises:
-        ConfigError: the folder lacks a parameter or holds it in another shape.
-    """
-    if folder is not None:
-        from trainer.hf import open_weights  # reading a folder is rare
-
-        weights = open_weights(folder, config)
-    shapes = parameter_shapes(config)
-    with torch.no_grad():
-        for name, parameter in named:
-            found = initial_tensor(name, shapes[name], seed, config) if folder is None else weights[name]
-            parameter.copy_(found)

@@ -5,7 +5,7 @@ parameter of a layer to its canonical name. Checkpoints, export and initialisati
 know of ranks, sharding, losses or caches: attention goes through a context (`trainer.attention`). Weights are laid out
 as in Hugging Face's Llama (rotate-half rotary positions), so that export is a renaming.
 
-Modules are built with uninitialised weights: fill them with `trainer.initialise` or from a checkpoint.
+Modules are built with uninitialised weights: fill them with what `trainer.initialise` draws, or from a checkpoint.
 
 Shape letters: B rows, T tokens, D model width, F feed-forward width, N query heads, K key/value heads, H head width,
 V vocabulary.

@@ -45,7 +45,11 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 State = tuple[Tensor, Tensor, Tensor]
-"""What flows between layers: hidden [B, T, D], positions [B, T] int64, doc_ids [B, T] int64."""
+"""What flows between layers: hidden [B, T, D], positions [B, T] int64, doc_ids [B, T] int64.
+
+No layer reads doc_ids: every block attends causally over its whole row, as on one stage. They travel so that attention
+within documents (`trainer.attention.DocumentContext`) needs no other tuple between stages.
+"""
 
 _TIED = "embedding"
 
@@ -59,7 +63,7 @@ class BlockLayer(nn.Module):
         self.layer = Block(config, index)
 
     def forward(self, state: State) -> State:
-        """Advance the hidden states; positions and documents pass through."""
+        """Advance the hidden states, causally over whole rows; positions and doc_ids pass through."""
         hidden_BTD, positions_BT, doc_ids_BT = state
         return self.layer(hidden_BTD, positions_BT, CausalContext()), positions_BT, doc_ids_BT
 

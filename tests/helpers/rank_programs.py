@@ -14,6 +14,7 @@ from data_service.client import DataClient
 from tests.helpers.local_rows import LocalRows
 from tests.helpers.ranks import QueueHooks
 from trainer import worker
+from trainer.fragments import KINDS, Kind
 from trainer.protocol import WorkerSpec
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def be_rank(spec: WorkerSpec, hooks: QueueHooks) -> None:
 
 
 def train_and_compare_tied(spec: WorkerSpec, hooks: QueueHooks) -> dict[str, object]:
-    """Train, then compare the tied matrices of the first and the last stage of each pipeline."""
+    """Train, then compare the tied matrices of the first and the last stage: weights, fp32 masters and moments."""
     import torch
     from torch import distributed as dist
 
@@ -40,7 +41,29 @@ def train_and_compare_tied(spec: WorkerSpec, hooks: QueueHooks) -> dict[str, obj
         everywhere = [torch.empty_like(bits) for _ in range(spec.world_size)]
         dist.all_gather(everywhere, bits)
         holders = [everywhere[at] for at in range(spec.world_size) if at % spec.pp in (0, spec.pp - 1)]
-        return {"equal": all(torch.equal(holders[0], other) for other in holders), "elements": bits.numel()}
+        return {
+            "equal": all(torch.equal(holders[0], other) for other in holders),
+            "elements": bits.numel(),
+            "states": {kind: _same_on_both_ends(rank, kind) for kind in KINDS},
+        }
+
+
+def _same_on_both_ends(rank: "Rank", kind: Kind) -> bool:
+    """Whether the first and the last stage hold the same bits of the tied matrix, put together from all pipelines."""
+    import torch
+    from torch import distributed as dist
+
+    values = torch.zeros(rank.config.vocab_size * rank.config.d_model, dtype=torch.int32)
+    held = torch.zeros_like(values)
+    for view in rank.engine.views:
+        if view.name == "embedding.weight":
+            values[view.start : view.start + view.numel] = view.tensors[kind].view(torch.int32)
+            held[view.start : view.start + view.numel] = 1
+    pieces = torch.stack([held, values])
+    everywhere = [torch.empty_like(pieces) for _ in range(rank.spec.world_size)]
+    dist.all_gather(everywhere, pieces)
+    first, last = (sum(everywhere[stage :: rank.spec.pp], torch.zeros_like(pieces)) for stage in (0, rank.spec.pp - 1))
+    return bool((first[0] == 1).all()) and torch.equal(first, last)
 
 
 def load_and_save(spec: WorkerSpec, hooks: QueueHooks, target: str) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional as F
 
 from data_service.client import DataClient
+from tests.helpers.initial_weights import initialise
 from tests.helpers.rank_programs import train_and_compare_tied
 from tests.helpers.ranks import specs_of
 from tests.helpers.tiny_model import make_model_folder
 from tests.ranks.conftest import GLOBAL_BATCH, HALF, STEPS, Case, Lab
-from trainer.initialise import initialise
+from trainer.fragments import KINDS
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import lr_at, make_optimizer
 
@@ -127,6 +128,7 @@ def test_tied_copies_stay_equal_bit_for_bit(lab: Lab, case: Case) -> None:
     compared = [outcome.returned[rank] for rank in range(case.dp * case.pp)]
     assert all(one["equal"] for one in compared)
     assert all(one["elements"] == lab.vocab_size * 32 for one in compared)
+    assert all(one["states"] == dict.fromkeys(KINDS, True) for one in compared)
 
 
 @pytest.mark.parametrize("case", [Case(1, 1), Case(2, 1, zero=2), Case(2, 2)], ids=str)

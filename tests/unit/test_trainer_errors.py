@@ -20,4 +20,4 @@ def test_errors_survive_pickling_and_are_in_the_drawn_tree(name: str) -> None:
 
 def test_only_losses_of_processes_are_retried() -> None:
     retried = {name for name in trainer.errors.__all__ if getattr(trainer.errors, name).retryable}
-    assert retried == {"WorkerLostError", "PreemptedError", "CollectiveTimeoutError"}
+    assert retried == {"WorkerLostError", "CollectiveTimeoutError"}

@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_service.errors import ConfigError, StormjibError
+from tests.helpers.initial_weights import initialise
 from trainer.config import ModelConfig
 from trainer.hf import build_from_hf, load_hf, read_config, save_hf
-from trainer.initialise import initialise
 from trainer.model import Transformer, TransformerConfig, parameter_shapes
 
 SHAPE = TransformerConfig(

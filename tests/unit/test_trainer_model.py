@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.initial_weights import initialise
 from trainer.attention import CausalContext, DocumentContext
 from trainer.config import ModelConfig
-from trainer.initialise import initial_tensor, initialise
+from trainer.initialise import initial_tensor
 from trainer.model import (
     Block,
     Embedding,
