@@ -1,7 +1,8 @@
 """The data service of a run as Ray actors: one control plane, and workers spread over the nodes.
 
-Owns where they run and their replacement when a node goes. The actors take no CPU slots and belong to the controller's
-process: when that ends, whatever ends it, they end too.
+Owns where they run and their replacement when they or their node go. A control plane comes back at the address that
+running ranks and workers know, so that its end costs them nothing. The actors take no CPU slots and belong to the
+controller's process: when that ends, whatever ends it, they end too.
 """
 
 import logging
@@ -11,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
@@ -32,21 +33,38 @@ WATCH_EVERY_S = 2.0
 """How often an actor is asked whether it lives."""
 PING_S = 3.0
 """An actor that does not answer for this long while the service is repaired is taken for lost."""
+PORT_S = 5.0
+"""A control plane that comes back waits so long for the port of the one that died."""
+NODE_S = 15.0
+"""An actor on a dead node is reported after this time, should nobody have noticed the node's loss until then."""
+FAILED_STARTS = 5
+"""So many starts in a row may fail, with no actor coming up between them, before the service gives up."""
 
 
 class _ControlActor:
     """The control plane in an actor's process."""
 
     def __init__(
-        self, dataset_uri: str, seed: int, config: DataConfig, global_batch: int, token: str, host: str
+        self, dataset_uri: str, seed: int, config: DataConfig, global_batch: int, token: str, host: str, port: int
     ) -> None:
         from data_service.control import ControlServer
 
-        self._server = ControlServer(dataset_uri, seed, config, global_batch, token, host=host)
+        self._server = ControlServer(dataset_uri, seed, config, global_batch, token, host=host, port=port)
 
     def start(self) -> tuple[str, int]:
-        """Serve; returns `host:port` and the process id."""
-        return self._server.start(), os.getpid()
+        """Serve; returns `host:port` and the process id.
+
+        Raises:
+            OSError: the port stays taken.
+        """
+        deadline = time.monotonic() + PORT_S
+        while True:
+            try:
+                return self._server.start(), os.getpid()
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
 
     def ping(self) -> None:
         """Answer."""
@@ -72,10 +90,15 @@ class _WorkerActor:
 class _Served:
     """One actor of the service."""
 
+    role: Literal["control", "worker"]
     node_id: str
     actor: Any
     started: Any
     """Reference to the address it serves at and its process id."""
+    seen_up: bool = False
+    """Whether a repair has found it started."""
+    node_lost: float | None = None
+    """When it was found dead with its node, on the monotonic clock; None before."""
 
 
 class DataServiceHandle:
@@ -109,6 +132,8 @@ class DataServiceHandle:
         self._head_node = head_node
         self._token = secrets.token_hex(32)
         self._control: _Served | None = None
+        self._control_address = ""
+        self._failed_starts = 0
         self._workers: list[_Served] = []
         self._pings: dict[Any, _Served] = {}
         self._asked = 0.0
@@ -121,68 +146,76 @@ class DataServiceHandle:
             DataError: the dataset cannot be served.
             ConfigError: there is no dataset.
         """
-        control = self._start_control()
-        self._add_workers(control)
+        self._control = self._start_control(port=0)
+        self._control_address = self._address(self._control)
+        self._add_workers()
         for worker in self._workers:
             self._address(worker)
-        return self._access(control)
+        return self._access()
 
     def repair(self, host_by_node: Mapping[str, str]) -> DataAccess:
         """Replace what is gone; returns at once where a worker is left, while the others start beside it.
 
-        A new control plane has a new address, so that all workers are started anew with it.
+        A control plane that is gone is started at the same address, and the workers that are left register with it
+        again. Only where its port cannot be had any more is everything started anew, at a new address.
 
         Args:
             host_by_node: node id → address of the nodes that are left.
 
         Raises:
-            ClusterError: nothing could be started in time.
+            ClusterError: nothing could be started in time, or starts fail again and again.
         """
         self._hosts = dict(host_by_node)
         assert self._control is not None, "the service was started"
-        answered = self._answering([self._control, *self._workers])
-        if self._control not in answered:
+        if self._has_lost_its_port():
+            _log.warning("the address %s of the data service cannot be had again", self._control_address)
             self.stop()
             return self.start()
+        answered = self._answering([self._control, *self._workers])
         self._workers = [worker for worker in self._workers if worker in answered]
         left = bool(self._workers)
-        control = self._address(self._control)
-        self._add_workers(control)
+        if self._control not in answered:
+            self._control = self._start_control(port=int(self._control_address.rpartition(":")[2]))
+        self._add_workers()
         if not left:
             self._address(self._workers[0])
-        return self._access(control)
+        return self._access()
 
     def watch(self) -> bool:
         """Whether an actor of the service is dead; never blocks, and asks each one every two seconds at most.
 
-        An actor that only keeps silent is not dead: ranks go round it, or fail by their own deadline.
+        An actor that only keeps silent is not dead: ranks go round it, or fail by their own deadline. One that died
+        with its node is left to those who watch the nodes, and is reported only if they do not see it.
         """
+        served = [*self._workers, *([self._control] if self._control is not None else [])]
         if time.monotonic() - self._asked >= WATCH_EVERY_S:
             self._asked = time.monotonic()
             asked = set(self._pings.values())
-            for served in [*self._workers, *([self._control] if self._control is not None else [])]:
-                if served not in asked:
-                    self._pings[served.actor.ping.remote()] = served
-        if not self._pings:
-            return False
-        dead = False
-        answered, _ = ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0.0)
+            for item in served:
+                if item not in asked:
+                    self._pings[item.actor.ping.remote()] = item
+        dead = any(self._is_over_its_start(item) for item in served)
+        answered, _ = (
+            ray.wait(list(self._pings), num_returns=len(self._pings), timeout=0.0) if self._pings else ([], [])
+        )
         for ref in answered:
-            served = self._pings.pop(ref)
+            item = self._pings.pop(ref)
             try:
                 ray.get(ref)
+            except ActorUnavailableError as error:
+                _log.debug("an actor on node %s cannot be reached now: %s", item.node_id[:8], error)
             except RayActorError:
-                dead = dead or served is self._control or served in self._workers
+                dead = dead or (item in served and self._is_to_be_reported(item))
         return dead
 
     def describe(self) -> list[dict[str, str | int]]:
-        """Node, address and process of each worker that has started."""
-        by_ref = {worker.started: worker for worker in self._workers}
-        ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0.0) if by_ref else ([], [])
+        """Role (`control` or `worker`), node, address and process of each actor that has started."""
         described: list[dict[str, str | int]] = []
-        for ref in ready:
-            address, pid = self._started(by_ref[ref])
-            described.append({"node_id": by_ref[ref].node_id, "address": address, "pid": pid})
+        for item in [*([self._control] if self._control is not None else []), *self._workers]:
+            found = _result(item)
+            if isinstance(found, tuple):
+                address, pid = found
+                described.append({"role": item.role, "node_id": item.node_id, "address": address, "pid": pid})
         return described
 
     def stop(self) -> None:
@@ -191,11 +224,35 @@ class DataServiceHandle:
             _kill(served)
         self._workers, self._control = [], None
 
-    def _start_control(self) -> str:
-        node, host = self._head_node, self._head_host()
-        arguments = (self._dataset_uri, self._seed, self._config, self._global_batch, self._token, host)
-        self._control = _start(_ControlActor, node, arguments)
-        return self._address(self._control)
+    def _start_control(self, port: int) -> _Served:
+        """Start the control plane on the head; 0 takes any port."""
+        arguments = (
+            self._dataset_uri,
+            self._seed,
+            self._config,
+            self._global_batch,
+            self._token,
+            self._head_host(),
+            port,
+        )
+        return _start("control", self._head_node, arguments)
+
+    def _has_lost_its_port(self) -> bool:
+        """Whether the control plane's process lives, and could not serve."""
+        assert self._control is not None, "the service was started"
+        found = _result(self._control)
+        return isinstance(found, RayTaskError) and isinstance(found.cause, OSError)
+
+    def _is_over_its_start(self, served: _Served) -> bool:
+        """Whether its process lives, and its start has failed."""
+        return isinstance(_result(served), RayTaskError)
+
+    def _is_to_be_reported(self, served: _Served) -> bool:
+        """Whether a dead actor is ours to replace now."""
+        if served.node_id in _live_nodes():
+            return True
+        served.node_lost = served.node_lost or time.monotonic()
+        return time.monotonic() - served.node_lost > NODE_S
 
     def _head_host(self) -> str:
         for record in ray.nodes():  # type: ignore[no-untyped-call]
@@ -203,7 +260,7 @@ class DataServiceHandle:
                 return str(record["NodeManagerAddress"])
         raise ClusterError(f"Ray's head {self._head_node[:8]} is gone, and with it the cluster. Start the run again.")
 
-    def _add_workers(self, control: str) -> None:
+    def _add_workers(self) -> None:
         """Start workers until there are as many as configured, each on a node with the fewest of them."""
         if not self._hosts:
             raise ClusterError("No node is left for a data worker. Add nodes.")
@@ -212,14 +269,24 @@ class DataServiceHandle:
             node = min(self._hosts, key=lambda node_id: per_node[node_id])
             per_node[node] += 1
             cache_bytes = self._config.service.cache_bytes
-            arguments = (self._dataset_uri, control, self._token, self._hosts[node], cache_bytes)
-            self._workers.append(_start(_WorkerActor, node, arguments))
+            arguments = (self._dataset_uri, self._control_address, self._token, self._hosts[node], cache_bytes)
+            self._workers.append(_start("worker", node, arguments))
 
     def _answering(self, served: list[_Served]) -> list[_Served]:
         """Those that answer, or still start, on nodes that are left; the others are ended."""
         on_nodes = [item for item in served if item.node_id in self._hosts or item.node_id == self._head_node]
-        pings = {item.actor.ping.remote(): item for item in on_nodes}
         alive: list[_Served] = []
+        pings: dict[Any, _Served] = {}
+        for item in on_nodes:
+            found = _result(item)
+            if found is None:
+                alive.append(item)  # a ping would wait for the end of its start
+            elif isinstance(found, tuple):
+                self._failed_starts = self._failed_starts if item.seen_up else 0
+                item.seen_up = True
+                pings[item.actor.ping.remote()] = item
+            else:
+                self._count_failed_start(item, found)
         deadline = time.monotonic() + PING_S
         waiting = list(pings)
         while waiting:
@@ -237,6 +304,12 @@ class DataServiceHandle:
                 _kill(item)
         return [item for item in served if item in alive]
 
+    def _count_failed_start(self, served: _Served, error: RayError) -> None:
+        _log.warning("the data service's %s on node %s did not start: %s", served.role, served.node_id[:8], error)
+        self._failed_starts += 1
+        if self._failed_starts >= FAILED_STARTS:
+            self._address(served)
+
     def _address(self, served: _Served) -> str:
         return self._started(served)[0]
 
@@ -244,19 +317,17 @@ class DataServiceHandle:
         try:
             started: tuple[str, int] = ray.get(served.started, timeout=START_S)
             return started
-        except RayTaskError as error:
-            if isinstance(error.cause, StormjibError):
-                raise error.cause from None
-            raise
         except RayError as error:
+            if isinstance(error, RayTaskError) and isinstance(error.cause, StormjibError):
+                raise error.cause from None
             raise ClusterError(
                 f"The data service did not start on node {served.node_id[:8]} within {START_S:.0f} s: {error}"
             ) from error
 
-    def _access(self, control: str) -> DataAccess:
+    def _access(self) -> DataAccess:
         service = self._config.service
         return DataAccess(
-            control=(control,),
+            control=(self._control_address,),
             token=self._token,
             run_ahead=service.run_ahead,
             read_stall_s=service.read_stall_s,
@@ -264,9 +335,9 @@ class DataServiceHandle:
         )
 
 
-def _start(kind: type, node_id: str, arguments: tuple[Any, ...]) -> _Served:
+def _start(role: Literal["control", "worker"], node_id: str, arguments: tuple[Any, ...]) -> _Served:
     actor: Any = (
-        ray.remote(kind)
+        ray.remote(_ControlActor if role == "control" else _WorkerActor)
         .options(
             num_cpus=0,
             max_restarts=0,
@@ -275,7 +346,23 @@ def _start(kind: type, node_id: str, arguments: tuple[Any, ...]) -> _Served:
         )
         .remote(*arguments)
     )
-    return _Served(node_id, actor, actor.start.remote())
+    return _Served(role, node_id, actor, actor.start.remote())
+
+
+def _result(served: _Served) -> tuple[str, int] | RayError | None:
+    """Address and process id of an actor that has started, why it did not, or None while it starts."""
+    ready, _ = ray.wait([served.started], timeout=0.0)
+    if not ready:
+        return None
+    try:
+        started: tuple[str, int] = ray.get(ready[0])
+    except RayError as error:
+        return error
+    return started
+
+
+def _live_nodes() -> set[str]:
+    return {record["NodeID"] for record in ray.nodes() if record["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def _kill(served: _Served) -> None:
