@@ -5,7 +5,8 @@
 
 Reading, deduplication and writing are serial and in order; encoding a chunk is a pure function of the chunk, so a
 mapper may run it anywhere and the bytes of the dataset do not depend on how many did. Memory holds one digest per
-document and a few chunks. The manifest is published last and never replaced.
+document and a few chunks. All files are written into a work folder first, then moved into place; the manifest is
+published last and never replaced. On this machine's file systems one process prepares into a folder at a time.
 
 Owns the order of these steps and the identity of a dataset (its prepare key). Refuses to overwrite another dataset.
 """
@@ -22,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_service import storage
+from data_service.claim import claim_folder
 from data_service.config import DataConfig
-from data_service.errors import ConfigError
+from data_service.errors import ConfigError, DataUnavailableError, SourceError
 from data_service.readers import SourceFile, find_files, fingerprint
+from data_service.reuse import find_prepared, missing_files
 from data_service.shards import (
     DATASET_VERSION,
     INDEX_FILE,
@@ -37,11 +40,10 @@ from data_service.shards import (
     encode_shard,
     index_bytes,
     manifest_uri,
-    read_manifest,
     shard_file,
     tokenizer_uri,
 )
-from data_service.spool import PrepareProgress, Spool, check_rejects, read_chunk, read_sources
+from data_service.spool import REJECTS_FILE, PrepareProgress, Spool, read_chunk, read_sources
 from data_service.tokenizer import (
     TokenizerFiles,
     encode_documents,
@@ -72,6 +74,18 @@ def serial(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iter
 
 
 @dataclass(frozen=True)
+class _Request:
+    """What is asked for, and the key that makes it the same dataset as another."""
+
+    config: DataConfig
+    files: list[SourceFile]
+    digests: list[str]
+    tokenizer: TokenizerFiles | None
+    inputs: dict[str, str]
+    key: str
+
+
+@dataclass(frozen=True)
 class _Chunk:
     """Documents to encode: one spool file."""
 
@@ -99,6 +113,8 @@ def prepare(
 ) -> DatasetManifest:
     """Prepare a dataset, or find it prepared.
 
+    Where files of a prepared dataset are gone or of another size, it is written again, which must give the same bytes.
+
     Args:
         config: the `data` section, its paths resolved.
         dataset_uri: the folder of the dataset; it must be reachable where the mapper runs its items.
@@ -109,32 +125,67 @@ def prepare(
         The manifest, of this preparation or of an earlier one with the same key.
 
     Raises:
-        ConfigError: when `dataset_uri` holds a dataset made of something else, naming what differs.
+        ConfigError: when `dataset_uri` holds a dataset made of something else, naming what differs, or cannot hold one.
+        DataUnavailableError: when another process prepares there and does not end.
         SourceError: when a source cannot be used or too many records were rejected.
     """
+    request = _request(config)
+    found = find_prepared(dataset_uri, request.key, request.inputs, config)
+    if found is not None and not missing_files(dataset_uri, found):
+        return found
+    storage.check_commits(dataset_uri)
+    with claim_folder(dataset_uri) as work_uri:
+        # Another process may have prepared, or restored, while this one waited.
+        found = find_prepared(dataset_uri, request.key, request.inputs, config)
+        missing = [] if found is None else missing_files(dataset_uri, found)
+        if found is not None and not missing:
+            return found
+        if missing:
+            _LOG.warning(
+                "%s: %d files are gone or not as they were written (%s); the dataset is written again",
+                dataset_uri,
+                len(missing),
+                ", ".join(missing[:5]),
+            )
+        try:
+            manifest = _build(request, dataset_uri, work_uri, mapper, progress or (lambda _: None))
+        except SourceError:
+            if found is None and storage.exists(storage.join(work_uri, REJECTS_FILE)):
+                storage.move_file(storage.join(work_uri, REJECTS_FILE), storage.join(dataset_uri, REJECTS_FILE))
+            raise
+        return _publish(request, manifest, found, dataset_uri, work_uri)
+
+
+def _request(config: DataConfig) -> _Request:
+    """Look at the sources and the tokenizer."""
     files = find_files(config.sources)
     tokenizer = None if config.tokenizer.path is None else read_tokenizer(config.tokenizer.path)
     digests = [fingerprint(file.uri) for file in files]
     inputs = _inputs(config, files, digests, tokenizer)
     key = hashlib.blake2b(json.dumps(inputs, sort_keys=True).encode(), digest_size=16).hexdigest()
-    if storage.exists(manifest_uri(dataset_uri)):
-        return _reuse(dataset_uri, key, inputs, config)
-    report = progress or (lambda _: None)
-    work_uri = storage.join(dataset_uri, f"work-{key[:8]}")
-    try:
-        spool = read_sources(config, files, digests, dataset_uri, work_uri, report)
-        tokenizer = tokenizer or _train(config, spool, report)
-        write_tokenizer(tokenizer_uri(dataset_uri), tokenizer)
-        entries, splits = _write_shards(config, dataset_uri, spool, tokenizer, mapper, report)
-    finally:
-        storage.remove_tree(work_uri)
+    return _Request(config, files, digests, tokenizer, inputs, key)
+
+
+def _build(
+    request: _Request,
+    dataset_uri: str,
+    work_uri: str,
+    mapper: Mapper,
+    report: Callable[[PrepareProgress], None],
+) -> DatasetManifest:
+    """Write the files of the dataset into the work folder; the manifest is returned and not written."""
+    config = request.config
+    spool = read_sources(config, request.files, request.digests, dataset_uri, work_uri, report)
+    tokenizer = request.tokenizer or _train(config, spool, report)
+    write_tokenizer(tokenizer_uri(work_uri), tokenizer)
+    entries, splits = _write_shards(config, work_uri, spool, tokenizer, mapper, report)
     index = index_bytes(entries)
-    storage.write_bytes(storage.join(dataset_uri, INDEX_FILE), index)
+    storage.write_bytes(storage.join(work_uri, INDEX_FILE), index)
     token_dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.token_dtype.itemsize == 2 else "uint32"
     content = hashlib.blake2b(f"{DATASET_VERSION}/{token_dtype}/{tokenizer.digest}".encode(), digest_size=16)
     for entry in entries:
         content.update(f"/{entry.split}/{entry.number}/{entry.num_tokens}/".encode() + entry.checksum)
-    manifest = DatasetManifest(
+    return DatasetManifest(
         version=DATASET_VERSION,
         digest=content.hexdigest(),
         vocab_size=tokenizer.vocab_size,
@@ -143,16 +194,49 @@ def prepare(
         splits=splits,
         tokenizer_digest=tokenizer.digest,
         index_digest=checksum(index).hex(),
-        prepare_key=key,
-        inputs=inputs,
+        prepare_key=request.key,
+        inputs=request.inputs,
         sources=spool.sources,
         num_records=spool.num_records,
         num_rejects=spool.num_rejects,
         num_duplicates=spool.num_duplicates,
         reject_reasons=spool.reject_reasons,
     )
+
+
+def _publish(
+    request: _Request, manifest: DatasetManifest, old: DatasetManifest | None, dataset_uri: str, work_uri: str
+) -> DatasetManifest:
+    """Move the files into place, and the manifest behind them; with an `old` manifest they must be the files it names.
+
+    On a remote store, where no claim keeps others away, the look for a manifest just before leaves only the time of the
+    moves in which another preparation could finish; checksums tell the files of the one from the other's.
+    """
+    if old is None:
+        found = find_prepared(dataset_uri, request.key, request.inputs, request.config)
+        if found is not None:
+            return found
+    elif (manifest.digest, manifest.index_digest) != (old.digest, old.index_digest):
+        raise ConfigError(
+            f"{dataset_uri} has files that are gone or damaged, and preparing again gave other bytes (digest "
+            f"{manifest.digest} instead of {old.digest}): another release or tokenizer library wrote it. Nothing was "
+            "changed. Restore the files, or delete the folder and prepare again; checkpoints of the old dataset do not "
+            "fit the new one."
+        )
+    shards = [f"shards/{name}" for name in storage.list_names(storage.join(work_uri, "shards"))]
+    tokenizer = [f"tokenizer/{name}" for name in storage.list_names(tokenizer_uri(work_uri))]
+    for path in [REJECTS_FILE, *tokenizer, *(path for path in shards if path != INDEX_FILE), INDEX_FILE]:
+        storage.move_file(storage.join(work_uri, path), storage.join(dataset_uri, path))
+    if old is not None:
+        _LOG.warning("%s: restored, with the same bytes", dataset_uri)
+        return old
     if not storage.put_if_absent(manifest_uri(dataset_uri), manifest.to_json().encode()):
-        return _reuse(dataset_uri, key, inputs, config)
+        # Only on a remote store, where another preparation ended in this moment.
+        found = find_prepared(dataset_uri, request.key, request.inputs, request.config)
+        if found is None:
+            raise DataUnavailableError(f"{manifest_uri(dataset_uri)} was there and is gone again. Prepare once more.")
+        return found
+    _LOG.info("prepared %s: %s", dataset_uri, {split: asdict(info) for split, info in manifest.splits.items()})
     return manifest
 
 
@@ -176,23 +260,6 @@ def _inputs(
         inputs[f"source file {number} (format, text column)"] = f"{file.source.resolved_format}, {file.source.text}"
         inputs[f"source file {number} (content)"] = digests[number]
     return inputs
-
-
-def _reuse(dataset_uri: str, key: str, inputs: dict[str, str], config: DataConfig) -> DatasetManifest:
-    """The dataset that is there, when it is the one asked for."""
-    manifest = read_manifest(dataset_uri)
-    if manifest.prepare_key == key:
-        check_rejects(config, manifest.num_records, dict(manifest.reject_reasons), dataset_uri)
-        return manifest
-    differences = [
-        f"{name} is {manifest.inputs.get(name, 'absent')} there and {inputs.get(name, 'absent')} here"
-        for name in sorted({*manifest.inputs, *inputs})
-        if manifest.inputs.get(name) != inputs.get(name)
-    ]
-    raise ConfigError(
-        f"{dataset_uri} holds a dataset that was made of something else: {'; '.join(differences[:8])}. Nothing was "
-        "changed. Restore the setting or the file, or choose another data.dataset or run.name."
-    )
 
 
 def _train(config: DataConfig, spool: Spool, report: Callable[[PrepareProgress], None]) -> TokenizerFiles:
@@ -227,11 +294,11 @@ def _encode_chunk(chunk: _Chunk) -> _Encoded:
 class _ShardWriter:
     """Cuts a stream of documents into shards of a fixed token count."""
 
-    def __init__(self, dataset_uri: str, split: str, shard_tokens: int, dtype: np.dtype[np.unsignedinteger]) -> None:
+    def __init__(self, folder_uri: str, split: str, shard_tokens: int, dtype: np.dtype[np.unsignedinteger]) -> None:
         self.entries: list[ShardEntry] = []
         self.num_documents = 0
         self.num_tokens = 0
-        self._dataset_uri = dataset_uri
+        self._folder_uri = folder_uri
         self._split = split
         self._tokens = np.empty(shard_tokens, dtype=dtype)
         self._starts = np.zeros(shard_tokens, dtype=np.bool_)
@@ -259,14 +326,14 @@ class _ShardWriter:
             return
         number = len(self.entries)
         data = encode_shard(Shard(self._tokens[: self._filled].copy(), self._starts[: self._filled].copy()))
-        storage.write_bytes(storage.join(self._dataset_uri, shard_file(self._split, number)), data)
+        storage.write_bytes(storage.join(self._folder_uri, shard_file(self._split, number)), data)
         self.entries.append(ShardEntry(self._split, number, self._filled, len(data), checksum(data)))
         self._filled = 0
 
 
 def _write_shards(
     config: DataConfig,
-    dataset_uri: str,
+    folder_uri: str,
     spool: Spool,
     tokenizer: TokenizerFiles,
     mapper: Mapper,
@@ -276,7 +343,7 @@ def _write_shards(
     chunks = [
         _Chunk(
             uri=uri,
-            tokenizer_uri=tokenizer_uri(dataset_uri),
+            tokenizer_uri=tokenizer_uri(folder_uri),
             tokenizer_digest=tokenizer.digest,
             eos_id=tokenizer.eos_id,
             token_dtype="uint16" if tokenizer.token_dtype.itemsize == 2 else "uint32",
@@ -284,7 +351,7 @@ def _write_shards(
         )
         for uri in spool.chunks
     ]
-    writers = {split: _ShardWriter(dataset_uri, split, config.shard_tokens, tokenizer.token_dtype) for split in SPLITS}
+    writers = {split: _ShardWriter(folder_uri, split, config.shard_tokens, tokenizer.token_dtype) for split in SPLITS}
     for number, encoded in enumerate(mapper(_encode_chunk, chunks), start=1):
         for split, writer in writers.items():
             writer.add(*encoded.splits[split])
@@ -300,5 +367,4 @@ def _write_shards(
         )
         for split, writer in writers.items()
     }
-    _LOG.info("prepared %s: %s", dataset_uri, {split: asdict(info) for split, info in infos.items()})
     return [entry for writer in writers.values() for entry in writer.entries], infos

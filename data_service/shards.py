@@ -240,7 +240,7 @@ def read_index(dataset_uri: str, manifest: DatasetManifest) -> dict[str, list[Sh
     if checksum(data).hex() != manifest.index_digest:
         raise ShardCorruptError(
             f"{uri}: its checksum {checksum(data).hex()} is not the manifest's {manifest.index_digest}. "
-            "The index was changed or damaged; prepare the dataset again."
+            "The index was changed or damaged; prepare the dataset again, which restores it."
         )
     index: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
     for row in _ipc_batch(data).to_pylist():
@@ -252,7 +252,9 @@ def _read_or_corrupt(uri: str, name: str) -> bytes:
     try:
         return storage.read_bytes(uri)
     except FileNotFoundError as error:
-        raise ShardCorruptError(f"{name} was asked for, {uri} is gone. Prepare the dataset again.") from error
+        raise ShardCorruptError(
+            f"{name} was asked for, {uri} is gone. Prepare the dataset again, which restores it."
+        ) from error
 
 
 def load_shard(dataset_uri: str, entry: ShardEntry) -> Shard:
@@ -265,9 +267,15 @@ def load_shard(dataset_uri: str, entry: ShardEntry) -> Shard:
     uri = storage.join(dataset_uri, name)
     data = _read_or_corrupt(uri, name)
     if len(data) != entry.num_bytes or checksum(data) != entry.checksum:
+        advice = (
+            "Prepare the dataset again, which restores it."
+            if len(data) != entry.num_bytes
+            else f"Its size is right, so that preparing again would not notice: delete the folder {dataset_uri}, or "
+            "this file alone, and prepare again."
+        )
         raise ShardCorruptError(
             f"{name} was asked for, {uri} holds {len(data)} bytes with checksum {checksum(data).hex()} instead of "
-            f"{entry.num_bytes} with {entry.checksum.hex()}. Restore the file, or prepare the dataset again."
+            f"{entry.num_bytes} with {entry.checksum.hex()}. {advice}"
         )
     batch = _ipc_batch(data)
     tokens = batch.column(0).to_numpy(zero_copy_only=True)

@@ -26,8 +26,9 @@ from data_service.errors import SourceError
 from data_service.readers import Reject, SourceFile, read_records
 from data_service.shards import SourceInfo
 
-__all__ = ["PrepareProgress", "Spool", "check_rejects", "read_chunk", "read_sources"]
+__all__ = ["REJECTS_FILE", "PrepareProgress", "Spool", "check_rejects", "read_chunk", "read_sources"]
 
+REJECTS_FILE = "rejects.jsonl"
 _CHUNK_BYTES = 1 << 20
 _HASH_RANGE = 2**64
 
@@ -70,14 +71,14 @@ def read_sources(
     work_uri: str,
     report: Callable[[PrepareProgress], None],
 ) -> Spool:
-    """Read every file once: rejects to `rejects.jsonl`, kept documents to the spool."""
+    """Read every file once, into the work folder: rejects to `rejects.jsonl`, kept documents to the spool."""
     seen: set[bytes] = set()
     smallest, largest = _HASH_RANGE, -1
     reasons: Counter[str] = Counter()
     sources: list[SourceInfo] = []
     num_records = num_duplicates = 0
     spool = _SpoolWriter(work_uri)
-    rejects_uri = storage.join(dataset_uri, "rejects.jsonl")
+    rejects_uri = storage.join(work_uri, REJECTS_FILE)
     with storage.publish(rejects_uri) as rejects:
         for number, file in enumerate(files):
             report(PrepareProgress("read", number, len(files), num_records, sum(reasons.values())))
@@ -135,7 +136,7 @@ def check_rejects(config: DataConfig, num_records: int, reasons: dict[str, int],
         causes = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items()))
         raise SourceError(
             f"data.rejects.max_fraction={config.rejects.max_fraction}: {num_rejects} of {num_records} records are bad "
-            f"({causes}); {storage.join(dataset_uri, 'rejects.jsonl')} names file, line and reason of each. "
+            f"({causes}); {storage.join(dataset_uri, REJECTS_FILE)} names file, line and reason of each. "
             "Repair the source or raise the limit."
         )
 

@@ -26,6 +26,7 @@ __all__ = [
     "END_TOKEN",
     "TokenizerFiles",
     "encode_documents",
+    "folder_digest",
     "load_encoder",
     "read_tokenizer",
     "train_tokenizer",
@@ -36,6 +37,7 @@ END_TOKEN = "<|endoftext|>"
 _JSON = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIALS = "special_tokens_map.json"
+_FILES = (_JSON, _CONFIG, _SPECIALS)
 _KNOWN_END_TOKENS = (END_TOKEN, "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -52,16 +54,28 @@ class TokenizerFiles:
     @property
     def digest(self) -> str:
         """BLAKE2b-128 over names and contents."""
-        state = hashlib.blake2b(digest_size=16)
-        for name, content in self.files:
-            state.update(f"{name}\0{len(content)}\0".encode())
-            state.update(content)
-        return state.hexdigest()
+        return _digest(self.files)
 
     @property
     def token_dtype(self) -> np.dtype[np.unsignedinteger]:
         """uint16 where every id fits, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+
+def _digest(files: Sequence[tuple[str, bytes]]) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for name, content in files:
+        state.update(f"{name}\0{len(content)}\0".encode())
+        state.update(content)
+    return state.hexdigest()
+
+
+def folder_digest(folder_uri: str) -> str | None:
+    """`TokenizerFiles.digest` of what lies in a folder; None when a file of it is gone."""
+    try:
+        return _digest([(name, storage.read_bytes(storage.join(folder_uri, name))) for name in sorted(_FILES)])
+    except FileNotFoundError:
+        return None
 
 
 def train_tokenizer(config: TokenizerTrainConfig, texts: Iterator[str]) -> TokenizerFiles:

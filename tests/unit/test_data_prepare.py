@@ -1,7 +1,9 @@
 """Preparation: what goes in, what is left out, and that the bytes depend on the text alone."""
 
 import json
+import logging
 import multiprocessing
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -241,6 +243,48 @@ def test_an_existing_dataset_is_reused_or_refused_and_never_touched(corpus, data
     assert all_bytes(dataset) == before
 
 
+def _delete(path):
+    path.unlink()
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shards/train-00001.arrow", _delete),
+        ("shards/train-00001.arrow", _truncate),
+        ("shards/eval-00000.arrow", _truncate),
+        ("shards/index.arrow", _delete),
+        ("tokenizer/tokenizer.json", _truncate),
+        ("tokenizer/special_tokens_map.json", _delete),
+    ],
+)
+def test_what_is_gone_from_a_dataset_is_restored(corpus, dataset, tmp_path, caplog, name, damage):
+    folder = tmp_path / "d"
+    shutil.copytree(dataset, folder)
+    damage(folder / name)
+    with caplog.at_level(logging.WARNING, logger="data_service.prepare"):
+        assert prepare(small_config(corpus), str(folder)) == read_manifest(str(dataset))
+    assert all_bytes(folder) == all_bytes(dataset)
+    assert f"1 files are gone or not as they were written ({name.removesuffix('/' + Path(name).name)}" in caplog.text
+    assert "restored, with the same bytes" in caplog.text
+
+
+def test_a_dataset_that_would_not_become_the_same_is_left_alone(corpus, dataset, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(dataset, folder)
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(read_manifest(str(dataset)).digest, "0" * 32))
+    (folder / "shards" / "train-00001.arrow").unlink()
+    before = all_bytes(folder)
+    with pytest.raises(ConfigError, match="gave other bytes .* Nothing was changed.*delete the folder"):
+        prepare(small_config(corpus), str(folder))
+    assert all_bytes(folder) == before
+
+
 def test_an_existing_tokenizer_is_used(corpus, dataset, tmp_path):
     base = small_config(corpus)
     config = base.model_copy(update={"tokenizer": TokenizerConfig(path=str(dataset / "tokenizer"))})
@@ -280,7 +324,7 @@ def test_a_damaged_shard_or_index_is_named(corpus, tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(ShardCorruptError, match="train-00001"):
+    with pytest.raises(ShardCorruptError, match=rf"train-00001.*delete the folder {tmp_path}"):
         load_shard(str(tmp_path), entry)
     shard.write_bytes(data[:-100])
     with pytest.raises(ShardCorruptError, match="train-00001"):
