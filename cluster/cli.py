@@ -4,7 +4,9 @@ Exit 0: done. 1: the run failed. 2: the user's mistake (argparse uses 2 as well)
 """
 
 import argparse
+import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,8 +15,20 @@ from data_service.errors import StormjibError
 
 __all__ = ["main"]
 
+_LOG = logging.getLogger(__name__)
+_HINTS = {
+    errno.ENOSPC: "Free some space, or set run.storage (and TMPDIR) to another disk",
+    errno.EDQUOT: "Free some space, or set run.storage (and TMPDIR) to another disk",
+    errno.EACCES: "Choose a place that this user may write",
+    errno.EPERM: "Choose a place that this user may write",
+    errno.EROFS: "Choose a place that this user may write",
+    errno.ENOENT: "Check the path",
+    errno.EADDRINUSE: "Choose another port, or 0 for a free one",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+}
 _COMMANDS: dict[str, str] = {
     "run": "prepare, train, promote and serve, until Ctrl-C",
+    "plan": "tell mesh, batch, stages and sizes of a run before any slot is taken",
     "prepare": "turn the sources into a dataset",
     "train": "prepare and train, then export",
     "serve": "serve the promoted checkpoint of a run",
@@ -33,11 +47,12 @@ _COMMANDS: dict[str, str] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments[0] if arguments else None)
-    parsed = parser.parse_args(arguments)
-    if parsed.command is None:
+    parser, command = _parser(arguments[0] if arguments else None)
+    if command is None:
+        parser.parse_args(arguments)
         parser.print_help()
         return 2
+    parsed = command.parse_intermixed_args(arguments[1:])  # overrides may stand after options
     try:
         return int(parsed.execute(parsed))
     except StormjibError as error:
@@ -49,17 +64,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        text = _environment_failure(error)
+        if text is None:
+            raise
+        _LOG.debug("%s failed", parsed.command, exc_info=error)
+        print(f"stormjib {parsed.command}: {text}", file=sys.stderr)
+        return 1
 
 
-def _parser(wanted: str | None) -> argparse.ArgumentParser:
-    """The parser; only the wanted command's module is imported, the others are listed by name."""
+def _environment_failure(error: Exception) -> str | None:
+    """One line for a failure of the machine, the store or Ray; None for what is a fault of the program."""
+    ray = sys.modules.get("ray.exceptions")  # without it loaded, nothing of Ray can have been raised
+    kind, text = type(error).__name__, str(error).strip().rstrip(".")
+    if isinstance(error, OSError):
+        return f"{kind}: {text}. {_HINTS.get(error.errno or 0, 'Check the path or address, and try again')}."
+    if ray is not None and isinstance(error, ray.RayError):
+        # the end of a remote traceback names the cause
+        return f"{kind}: {text.splitlines()[-1] if text else 'Ray failed'}. See `stormjib logs` and `stormjib doctor`."
+    return None
+
+
+def _parser(wanted: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None]:
+    """The parser of everything, and that of the wanted command, whose module alone is imported."""
     parser = argparse.ArgumentParser(prog="stormjib", description="From a CSV of text to a streaming endpoint.")
-    parser.set_defaults(command=None)
     commands = parser.add_subparsers(metavar="COMMAND")
+    found = None
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == wanted:
             module = importlib.import_module(f"cluster.commands.{name}")
             module.add_arguments(command)
             command.set_defaults(command=name, execute=module.execute)
-    return parser
+            found = command
+    return parser, found

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from cluster.config import RunConfig, dump_yaml
 from cluster.events import Event, EventLog
@@ -68,8 +69,17 @@ class RunFolder:
         )
 
     def saved_config(self) -> dict[str, Any]:
-        """The resolved configuration of the newest start."""
-        loaded: dict[str, Any] = yaml.safe_load(storage.read_bytes(self.config_uri).decode())
+        """The resolved configuration of the newest start.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        try:
+            loaded = yaml.safe_load(storage.read_bytes(self.config_uri).decode())
+        except (yaml.YAMLError, UnicodeDecodeError) as cause:
+            raise ConfigError(f"{self.config_uri} is damaged: {cause}. Give this run another run.name.") from cause
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{self.config_uri} is damaged: it holds no keys. Give this run another run.name.")
         return loaded
 
     def request_stop(self) -> None:
@@ -80,11 +90,19 @@ class RunFolder:
         """Compare with the run that was started here.
 
         Raises:
-            ConfigError: seed, data, model, global batch or optimizer differ; the message lists the differences.
+            ConfigError: seed, data, model, global batch or optimizer differ; the message lists the differences. Or the
+                folder's configuration has other keys than this version's.
         """
         if not self.exists():
             return
-        saved = RunConfig.model_validate(self.saved_config()).identity()
+        try:
+            saved = RunConfig.model_validate(self.saved_config()).identity()
+        except ValidationError as cause:
+            findings = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in cause.errors()[:3])
+            raise ConfigError(
+                f"{self.config_uri} was written by another version of stormjib ({findings}). Go on with that version, "
+                "or give this run another run.name. Nothing was changed."
+            ) from cause
         wanted = config.identity()
         changed = [key for key in wanted if wanted[key] != saved.get(key)]
         if changed:

@@ -77,7 +77,10 @@ def _remote(uri: str) -> tuple[Any, str]:
     """The fsspec filesystem of a remote URI, and the path in it."""
     import fsspec
 
-    return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+    try:
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
+    except (ValueError, ImportError) as cause:
+        raise ConfigError(f"{uri}: {str(cause).rstrip('.')}. Use a folder or an s3:// URI.") from cause
 
 
 def _store_library(error: Exception) -> bool:
@@ -85,20 +88,35 @@ def _store_library(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
 
 
+def _refusal(what: str, error: Exception) -> ConfigError | None:
+    """The message for an error that the user has to mend: no credentials, no permission, no such bucket."""
+    if "Credentials" in type(error).__name__ or isinstance(error, PermissionError):
+        fix = "Set credentials that may do this, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    elif isinstance(error, FileNotFoundError) and any(
+        sign in repr((error, error.__cause__)) for sign in ("NoSuchBucket", "bucket does not exist")
+    ):
+        fix = "Create the bucket, or name another one"
+    else:
+        return None
+    return ConfigError(f"{what}: {str(error).rstrip('.') or type(error).__name__}. {fix}.")
+
+
 def _retry(what: str, action: Callable[[], ResultT]) -> ResultT:
     """Run a remote action, at most _ATTEMPTS times, with jittered exponential waits between.
 
     Raises:
         OSError: the last failure; failures of the libraries below are wrapped in one.
+        ConfigError: credentials, permission or the bucket are missing.
     """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return action()
-        except _NOT_WORTH_RETRYING:
-            raise
         except Exception as error:
-            if "Credentials" in type(error).__name__:
-                raise PermissionError(f"{what}: {error}.") from error
+            refusal = _refusal(what, error)
+            if refusal is not None:
+                raise refusal from error
+            if isinstance(error, _NOT_WORTH_RETRYING):
+                raise
             if not isinstance(error, OSError) and not _store_library(error):
                 raise
             if attempt == _ATTEMPTS:
@@ -337,10 +355,12 @@ def move_file(source: str, target: str) -> None:
 
 def glob_files(pattern: str) -> list[str]:
     """Files that match a pattern with `*`, `?` or `[…]`, as URIs, sorted."""
-    import fsspec
+    fs, path = _remote(pattern)
 
-    fs, path = cast("tuple[Any, str]", fsspec.core.url_to_fs(pattern))
-    found = sorted(str(entry) for entry in fs.glob(path) if not fs.isdir(entry))
+    def look() -> list[str]:
+        return sorted(str(entry) for entry in fs.glob(path) if not fs.isdir(entry))
+
+    found = look() if is_local(pattern) else _retry(f"looking for {pattern}", look)
     return found if is_local(pattern) else [str(fs.unstrip_protocol(entry)) for entry in found]
 
 

@@ -11,7 +11,11 @@ def add_run_file(parser: argparse.ArgumentParser) -> None:
     """FILE and the dotted overrides after it."""
     parser.add_argument("file", metavar="FILE", help="the run's YAML file")
     parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="dotted overrides, for example train.parallel.pp=2"
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        default=[],
+        help="dotted overrides, for example train.parallel.pp=2",
     )
 
 

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="the run's YAML file; without it, all keys are explained"
     )
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted overrides")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted overrides")
     parser.add_argument("--resolved", action="store_true", help="print every key with its value")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.config import load_config
 from data_service import storage
+from data_service.errors import ConfigError
 
 __all__ = ["add_arguments", "execute"]
 
@@ -29,7 +30,7 @@ class _Finding:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE is optional."""
     parser.add_argument("file", metavar="FILE", nargs="?", help="a run's YAML file to check as well")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted overrides")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted overrides")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -86,7 +87,7 @@ def _run(file: str, overrides: list[str]) -> Iterator[_Finding]:
         storage.write_bytes(probe, b"stormjib")
         storage.remove_file(probe)
         yield _Finding(True, f"{config.root}: writable")
-    except OSError as error:
+    except (OSError, ConfigError) as error:
         yield _Finding(False, f"{config.root}: not writable ({error}); set run.storage to another place")
     for source in config.data.sources:
         found = storage.glob_files(source.path)

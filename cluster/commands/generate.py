@@ -13,7 +13,7 @@ __all__ = ["add_arguments", "execute"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--model DIR or FILE, and the sampling."""
     parser.add_argument("file", metavar="FILE", nargs="?", help="a run's YAML file: its newest export is used")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted overrides")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="dotted overrides")
     parser.add_argument("--model", metavar="DIR", help="a Hugging Face folder, instead of FILE")
     parser.add_argument("--prompt", required=True, help="the text to go on from")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N", help="most tokens to generate (64)")

@@ -56,7 +56,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
         "state": last.get("state", "pending"),
         "attempt": last.get("attempt", 0),
         "step": history.last_step,
-        "steps": folder.saved_config()["train"]["steps"],
+        "steps": folder.saved_config().get("train", {}).get("steps"),
         "loss": step.get("loss"),
         "dp": step.get("dp"),
         "pp": step.get("pp"),
