@@ -2,13 +2,18 @@
 
 import argparse
 import json
-from typing import Any
+from typing import Any, Literal
 
 from cluster.commands.arguments import add_run_file, config_of
+from cluster.folder_lock import holder
 from cluster.run_store import RunFolder
+from cluster.states import RunState
+from data_service import storage
 from data_service.errors import ConfigError
 
-__all__ = ["add_arguments", "execute", "status_of"]
+__all__ = ["CONTROLLER_GONE", "add_arguments", "controller_of", "execute", "status_of"]
+
+CONTROLLER_GONE = "its controller is gone; the same command goes on from its checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,8 @@ def execute(arguments: argparse.Namespace) -> int:
         print(json.dumps(status, ensure_ascii=False))
         return 0
     print(f"{folder.root}: {status['state']}, step {status['step']} of {status['steps']}, attempt {status['attempt']}")
+    if status["controller"] == "gone" and not RunState(status["state"]).is_terminal:
+        print(CONTROLLER_GONE)
     if status["loss"] is not None:
         print(f"training loss {status['loss']:.4f} on dp {status['dp']} x pp {status['pp']}")
     for step, values in sorted(status["evals"].items(), key=lambda item: int(item[0])):
@@ -39,6 +46,13 @@ def execute(arguments: argparse.Namespace) -> int:
     if status["error"]:
         print(f"error: {status['error']}")
     return 0
+
+
+def controller_of(folder: RunFolder) -> Literal["alive", "gone", "unknown"]:
+    """Whether a process holds the run's folder; an object store cannot tell."""
+    if not storage.is_local(folder.root):
+        return "unknown"
+    return "gone" if holder(folder.root) is None else "alive"
 
 
 def status_of(folder: RunFolder) -> dict[str, Any]:
@@ -54,6 +68,7 @@ def status_of(folder: RunFolder) -> dict[str, Any]:
     return {
         "run": folder.root,
         "state": last.get("state", "pending"),
+        "controller": controller_of(folder),
         "attempt": last.get("attempt", 0),
         "step": history.last_step,
         "steps": folder.saved_config().get("train", {}).get("steps"),

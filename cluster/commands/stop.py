@@ -4,6 +4,7 @@ import argparse
 import time
 
 from cluster.commands.arguments import add_run_file, config_of
+from cluster.commands.status import CONTROLLER_GONE, controller_of
 from cluster.run_store import RunFolder
 from cluster.states import RunState
 from data_service.errors import ConfigError
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Leave the request in the run's folder; with --wait, exit 1 when the run has not ended in time."""
+    """Leave the request in the run's folder; exit 1 when nobody reads it, or the run does not end in time."""
     folder = RunFolder(config_of(arguments).root)
     events = folder.events()
     if not events:
@@ -26,6 +27,9 @@ def execute(arguments: argparse.Namespace) -> int:
     if RunState(events[-1]["state"]).is_terminal:
         print(f"{folder.root}: the run has ended already ({events[-1]['state']})")
         return 0
+    if controller_of(folder) == "gone":
+        print(f"{folder.root}: {CONTROLLER_GONE}; there is nothing to stop")
+        return 1
     folder.request_stop()
     print(f"{folder.root}: asked to write a checkpoint and end")
     deadline = time.monotonic() + arguments.wait
@@ -34,5 +38,8 @@ def execute(arguments: argparse.Namespace) -> int:
         if state.is_terminal:
             print(f"{folder.root}: {state}")
             return 0
+        if controller_of(folder) == "gone" and not RunState(folder.events()[-1]["state"]).is_terminal:
+            print(f"{folder.root}: {CONTROLLER_GONE}")
+            return 1
         time.sleep(0.2)
     return 1 if arguments.wait else 0
