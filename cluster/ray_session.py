@@ -152,6 +152,12 @@ def open_session(
             )
     elif cluster.address == "auto":
         if in_job or given not in ("", "local"):
+            if "://" in given:
+                raise ConfigError(
+                    f"RAY_ADDRESS={given}: that is where jobs are submitted to, and only host:port of a Ray head can "
+                    "be joined from here. To run on that cluster submit a job (stormjib submit, or ray job submit); to "
+                    "run on this machine unset RAY_ADDRESS, or set cluster.address=local."
+                )
             with _connected(given or "auto", None) as address, _joined_nodes(cluster, with_nodes):
                 yield Session(cluster, address, in_job, None)
             return

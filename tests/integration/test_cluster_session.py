@@ -69,3 +69,13 @@ def test_refuses_local_nodes_inside_a_job(monkeypatch: pytest.MonkeyPatch) -> No
 def test_refuses_what_it_cannot_join(address: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words), open_session(ClusterConfig(address=address), ServeConfig()):
         pass
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "https://ray.example.com", "ray://127.0.0.1:10001"])
+def test_an_address_for_submitting_jobs_is_named_as_what_it_is(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(ConfigError, match=f"RAY_ADDRESS={address}.*submit a job"),
+        open_session(ClusterConfig(address="auto"), ServeConfig()),
+    ):
+        pass
