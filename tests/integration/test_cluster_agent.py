@@ -178,7 +178,7 @@ def test_training_goes_on_without_a_node(pool: Pool, capsys: pytest.CaptureFixtu
     )
     try:
         access = service.start()
-        assert len({worker["node_id"] for worker in service.describe()}) == 2
+        assert len({item["node_id"] for item in workers_of(service)}) == 2
         steps = train(pool, order[:2], 20, access, manifest.vocab_size, until_step=5)
         assert [step.step for step in steps] == [1, 2, 3, 4, 5]
 
@@ -190,6 +190,9 @@ def test_training_goes_on_without_a_node(pool: Pool, capsys: pytest.CaptureFixtu
         with pytest.raises(RayActorError):
             ray.get(pool.agents[gone].poll.remote(0, 5.0), timeout=DEADLINE_S)
         failed_s = time.monotonic() - killed
+        watched = time.monotonic()
+        until(lambda: service.watch() or time.monotonic() - watched > 5.0, "the service is asked more than once")
+        assert not service.watch(), "a worker that died with its node is the node's loss"
         del pool.agents[gone], hosts[gone]
         ray.get([agent.stop_attempt.remote(20) for agent in pool.agents.values()], timeout=DEADLINE_S)
         began = time.monotonic()
@@ -198,12 +201,16 @@ def test_training_goes_on_without_a_node(pool: Pool, capsys: pytest.CaptureFixtu
         again = train(pool, order[1:], 21, access, manifest.vocab_size, until_step=5)
         assert [step.sample_hash for step in again] == [step.sample_hash for step in steps]
         assert [step.loss for step in again] == [step.loss for step in steps]
-        until(lambda: len(service.describe()) == 2, "a new data worker")
-        assert gone not in {worker["node_id"] for worker in service.describe()}
+        until(lambda: len(workers_of(service)) == 2, "a new data worker")
+        assert gone not in {item["node_id"] for item in workers_of(service)}
         with capsys.disabled():
             sys.stdout.write(f"\ndead node: call failed after {failed_s:.2f} s; data repaired in {repaired_s:.2f} s\n")
     finally:
         service.stop()
+
+
+def workers_of(service: DataServiceHandle) -> list[dict[str, str | int]]:
+    return [item for item in service.describe() if item["role"] == "worker"]
 
 
 def train(
