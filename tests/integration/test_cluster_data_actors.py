@@ -1,0 +1,83 @@
+"""The data service's actors: what a dead control plane costs, and what is done when its port is gone."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.data_actors import DataServiceHandle
+from cluster.local_nodes import LocalCluster
+from cluster.ray_auth import shown_token
+from data_service.client import DataClient
+from data_service.prepare import prepare
+from tests.helpers.data_runs import GLOBAL_BATCH, SEED, read_hashes, reviews, small_config, write_csv
+from tests.helpers.waiting import until
+
+
+def processes(service: DataServiceHandle, role: str) -> list[int]:
+    return [int(item["pid"]) for item in service.describe() if item["role"] == role]
+
+
+@pytest.mark.timeout(180)
+def test_a_control_plane_comes_back_at_its_address_and_anew_where_that_is_taken(tmp_path: Path) -> None:
+    config = small_config(write_csv(tmp_path / "reviews.csv", reviews(200)))
+    dataset = str(tmp_path / "dataset")
+    prepare(config, dataset)
+    with LocalCluster.start(nodes=1, slots=1, object_store_bytes=80 * 2**20) as cluster:
+        assert cluster.head is not None
+        with shown_token(cluster.client_environment()):
+            ray.init(address=cluster.address, _node_ip_address=cluster.head.host, log_to_driver=False)
+            hosts = {node.node_id: node.host for node in cluster.nodes}
+            service = DataServiceHandle(
+                dataset,
+                config,
+                seed=SEED,
+                global_batch=GLOBAL_BATCH,
+                host_by_node=hosts,
+                head_node=cluster.head.node_id,
+            )
+            try:
+                access = service.start()
+                workers = processes(service, "worker")
+                client = DataClient(access)
+                truth = read_hashes(client, 0, 4, 1)
+                client.close()
+
+                os.kill(processes(service, "control")[0], signal.SIGKILL)
+                until(service.watch, "the loss is seen")
+                assert service.repair(hosts) == access
+                assert service.repair(hosts) == access, "a control plane that still starts was taken for lost"
+                until(lambda: processes(service, "control"), "the control plane is back")
+                assert processes(service, "worker") == workers, "a worker that answered was replaced"
+                client = DataClient(access)
+                assert read_hashes(client, 0, 4, 1) == truth
+                client.close()
+
+                host, _, port = access.control[0].rpartition(":")
+                os.kill(processes(service, "control")[0], signal.SIGKILL)
+                with socket.socket() as other:
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+                    def bind() -> bool:
+                        try:
+                            other.bind((host, int(port)))
+                        except OSError:
+                            return False
+                        other.listen()
+                        return True
+
+                    until(bind, "the port is free")
+                    until(service.watch, "the loss is seen")
+                    assert service.repair(hosts) == access
+                    until(service.watch, "the port cannot be had")
+                    moved = service.repair(hosts)
+                assert moved.control != access.control
+                client = DataClient(moved)
+                assert read_hashes(client, 0, 4, 1) == truth
+                client.close()
+            finally:
+                service.stop()
+                ray.shutdown()
