@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
@@ -149,8 +149,7 @@ class DataServiceHandle:
         self._control = self._start_control(port=0)
         self._control_address = self._address(self._control)
         self._add_workers()
-        for worker in self._workers:
-            self._address(worker)
+        self._await_workers(self._config.service.workers)
         return self._access()
 
     def repair(self, host_by_node: Mapping[str, str]) -> DataAccess:
@@ -178,7 +177,7 @@ class DataServiceHandle:
             self._control = self._start_control(port=int(self._control_address.rpartition(":")[2]))
         self._add_workers()
         if not left:
-            self._address(self._workers[0])
+            self._await_workers(1)
         return self._access()
 
     def watch(self) -> bool:
@@ -271,6 +270,28 @@ class DataServiceHandle:
             cache_bytes = self._config.service.cache_bytes
             arguments = (self._dataset_uri, self._control_address, self._token, self._hosts[node], cache_bytes)
             self._workers.append(_start("worker", node, arguments))
+
+    def _await_workers(self, num_workers: int) -> None:
+        """Wait until so many serve; one whose process or node goes meanwhile is replaced."""
+        while True:
+            for worker in self._workers[:num_workers]:
+                try:
+                    self._address(worker)
+                except ClusterError as error:
+                    if not isinstance(error.__cause__, (RayActorError, ActorUnschedulableError)):
+                        raise
+                    self._failed_starts += 1
+                    if self._failed_starts >= FAILED_STARTS:
+                        raise
+                    _log.warning("%s", error)
+                    live = _live_nodes()
+                    self._hosts = {node: host for node, host in self._hosts.items() if node in live}
+                    _kill(worker)
+                    self._workers.remove(worker)
+                    self._add_workers()
+                    break
+            else:
+                return
 
     def _answering(self, served: list[_Served]) -> list[_Served]:
         """Those that answer, or still start, on nodes that are left; the others are ended."""

@@ -22,15 +22,17 @@ def processes(service: DataServiceHandle, role: str) -> list[int]:
 
 
 @pytest.mark.timeout(180)
-def test_a_control_plane_comes_back_at_its_address_and_anew_where_that_is_taken(tmp_path: Path) -> None:
+def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(tmp_path: Path) -> None:
     config = small_config(write_csv(tmp_path / "reviews.csv", reviews(200)))
     dataset = str(tmp_path / "dataset")
     prepare(config, dataset)
-    with LocalCluster.start(nodes=1, slots=1, object_store_bytes=80 * 2**20) as cluster:
+    with LocalCluster.start(nodes=2, slots=1, object_store_bytes=80 * 2**20) as cluster:
         assert cluster.head is not None
         with shown_token(cluster.client_environment()):
             ray.init(address=cluster.address, _node_ip_address=cluster.head.host, log_to_driver=False)
             hosts = {node.node_id: node.host for node in cluster.nodes}
+            cluster.kill_node(0)
+            gone = cluster.nodes[0].node_id
             service = DataServiceHandle(
                 dataset,
                 config,
@@ -42,6 +44,8 @@ def test_a_control_plane_comes_back_at_its_address_and_anew_where_that_is_taken(
             try:
                 access = service.start()
                 workers = processes(service, "worker")
+                assert gone not in {item["node_id"] for item in service.describe()}
+                hosts.pop(gone)
                 client = DataClient(access)
                 truth = read_hashes(client, 0, 4, 1)
                 client.close()
