@@ -165,7 +165,7 @@ def endpoint_runner(folder: str, config: ServeConfig, new_tokens: int) -> Iterat
                 )
 
             yield lambda prompts: asyncio.run(wave(prompts))
-            undeploy()
+            undeploy(endpoint)
         finally:
             ray.shutdown()
 

@@ -7,7 +7,16 @@ from pydantic import Field, model_validator
 
 from data_service.settings import Section
 
-__all__ = ["ReplicasConfig", "ServeConfig"]
+__all__ = ["ReplicasConfig", "ServeConfig", "is_loopback"]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener there.
+
+    Raises:
+        ValueError: neither an IP address nor `localhost`.
+    """
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
 
 
 class ReplicasConfig(Section):
@@ -57,12 +66,10 @@ class ServeConfig(Section):
 
     @model_validator(mode="after")
     def _open_ports_have_keys(self) -> Self:
-        loopback = self.host == "localhost"
-        if not loopback:
-            try:
-                loopback = ipaddress.ip_address(self.host).is_loopback
-            except ValueError as cause:
-                raise ValueError(f"host={self.host!r} is not an IP address. Set one, or localhost.") from cause
+        try:
+            loopback = is_loopback(self.host)
+        except ValueError as cause:
+            raise ValueError(f"host={self.host!r} is not an IP address. Set one, or localhost.") from cause
         if not loopback and self.api_key_env is None:
             raise ValueError(
                 f"host={self.host} is open beyond this machine and api_key_env is not set. "

@@ -7,33 +7,36 @@ import asyncio
 import contextlib
 import http.client
 import logging
-import os
-import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 from starlette.applications import Starlette
 
 from data_service.errors import ConfigError
-from serve.config import ServeConfig
+from serve.config import is_loopback
 from serve.engine.messages import Delta, EngineRequest, EngineStats
 from serve.engine_deployment import Engine
 from serve.errors import ModelNotReadyError, ServeError
-from serve.ingress import build_app, key_digest
+from serve.ingress import build_app
 from serve.model_folder import read_model_folder
+from serve.preflight import check_port, free_port, read_key, url_of
 from serve.spec import Endpoint, ServeSpec
 
-__all__ = ["APP_NAME", "HandlePort", "Ingress", "application", "deploy", "engine_stats", "undeploy"]
+__all__ = ["DEPLOY_S", "HandlePort", "Ingress", "application", "deploy", "engine_stats", "undeploy"]
 
 _LOG = logging.getLogger(__name__)
-APP_NAME = "stormjib"
+DEPLOY_S = 600.0
+"""The replicas of an endpoint must run within this time: a large model has to be loaded, a node may have to come up."""
+_ROUTE = "/"
+_POLL_S = 0.2
 _ENGINE = "Engine"
 _READY_S = 60.0
 _PROBE_S = 5.0
@@ -108,38 +111,55 @@ class Ingress:
         return self._app
 
 
-def deploy(spec: ServeSpec) -> Endpoint:
+def deploy(spec: ServeSpec, *, deadline_s: float = DEPLOY_S) -> Endpoint:
     """Start, or update, the endpoint on the connected Ray; returns when it answers.
 
+    The same run deployed again is an update in place. Where this raises, what it started is ended again; an application
+    that was there before stays as Ray Serve has it then.
+
+    Args:
+        spec: what to serve.
+        deadline_s: seconds within which the replicas must run.
+
     Raises:
-        ConfigError: the model folder cannot be served, the port is taken, or the key's variable is not set.
-        ServeError: the replicas did not come up.
+        ConfigError: the model folder cannot be served, the port is taken, the key's variable is not set, or the Ray
+            Serve that runs already holds another application or is open to other machines without a key.
+        ServeError: the replicas did not come up, or not in time.
     """
     read_model_folder(spec.model_uri)  # fails early, with the user's message
-    key = _read_key(spec.config)
+    key = read_key(spec.config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = _running_http()
     if running is None:
-        host, port = spec.config.host, spec.config.port or _free_port(spec.config.host)
-        _check_port(host, port)
-        ray_serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=host, port=port),
-            logging_config=_logging(),
-        )
+        host, port = spec.config.host, spec.config.port or free_port(spec.config.host)
+        check_port(host, port)
+        updates = False
     else:
         host, port = running
+        _check_shared(spec, host, port)
+        updates = spec.app_name in ray_serve.status().applications
+    endpoint = Endpoint(url_of(host, port), spec.model_name, spec.fingerprint, spec.app_name, running is None)
     try:
-        ray_serve.run(_application(spec, key), name=APP_NAME, route_prefix="/", blocking=False)
-    except (RuntimeError, RayError, RayServeException) as cause:
-        raise ServeError(
-            f"the replicas that serve {spec.model_uri} did not start: {cause} "
-            "See the replica's log in the Ray session's logs/serve folder."
-        ) from cause
-    address = "127.0.0.1" if host in ("0.0.0.0", "localhost") else host
-    url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
-    _wait_ready(url)
-    return Endpoint(url, spec.model_name, spec.fingerprint)
+        if running is None:
+            ray_serve.start(
+                proxy_location=ProxyLocation.HeadOnly,
+                http_options=HTTPOptions(host=host, port=port),
+                logging_config=_logging(),
+            )
+        target = ray_serve.RunTarget(_application(spec, key), name=spec.app_name, route_prefix=_ROUTE)
+        ray_serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait_running(spec, deadline_s)
+        _wait_ready(endpoint.url)
+    except BaseException as error:
+        if not updates:
+            _abandon(endpoint)
+        if isinstance(error, RuntimeError | RayError | RayServeException | TimeoutError):
+            raise ServeError(
+                f"the replicas that serve {spec.model_uri} did not start: {error} "
+                "See the replica's log in the Ray session's logs/serve folder."
+            ) from error
+        raise
+    return endpoint
 
 
 def application(spec: ServeSpec) -> Any:
@@ -149,27 +169,30 @@ def application(spec: ServeSpec) -> Any:
         ConfigError: the model folder cannot be served, or the key's variable is not set.
     """
     read_model_folder(spec.model_uri)
-    return _application(spec, _read_key(spec.config))
+    return _application(spec, read_key(spec.config))
 
 
-def undeploy(*, keep_serve: bool = False) -> None:
-    """Stop the endpoint. None there is fine.
+def undeploy(endpoint: Endpoint, *, keep_serve: bool = False) -> None:
+    """Stop the endpoint, and no other. One that has ended already is fine.
 
     Args:
-        keep_serve: leave Ray Serve itself running, as where the whole cluster ends next; otherwise it is shut down,
-            unless it runs other applications.
+        endpoint: as `deploy` returned it.
+        keep_serve: leave Ray Serve itself running, as where the whole cluster ends next; otherwise it is shut down
+            where `deploy` started it, unless it runs other applications.
     """
     if _running_http() is None:
         return
-    if not keep_serve and set(ray_serve.status().applications) <= {APP_NAME}:
+    applications = set(ray_serve.status().applications)
+    if endpoint.started_serve and not keep_serve and applications <= {endpoint.app_name}:
         ray_serve.shutdown()  # type: ignore[no-untyped-call]
-    else:
-        ray_serve.delete(APP_NAME)
+    elif endpoint.app_name in applications:
+        ray_serve.delete(endpoint.app_name)
 
 
-def engine_stats() -> EngineStats:
+def engine_stats(endpoint: Endpoint) -> EngineStats:
     """Load of one engine replica (with several: of one of them)."""
-    stats: EngineStats = ray_serve.get_deployment_handle(_ENGINE, APP_NAME).stats.remote().result(timeout_s=_PROBE_S)
+    handle = ray_serve.get_deployment_handle(_ENGINE, endpoint.app_name)
+    stats: EngineStats = handle.stats.remote().result(timeout_s=_PROBE_S)
     return stats
 
 
@@ -224,54 +247,102 @@ def _as_serve_errors() -> Iterator[None]:
         raise ModelNotReadyError("the engine replica was lost or is not there yet. Try again.") from cause
 
 
-def _read_key(config: ServeConfig) -> bytes | None:
-    if config.api_key_env is None:
-        return None
-    key = os.environ.get(config.api_key_env, "")
-    if not key:
-        raise ConfigError(
-            f"serve.api_key_env={config.api_key_env}, but that environment variable is not set. "
-            "Set it to the key that clients must send."
-        )
-    return key_digest(key)
-
-
 def _running_http() -> tuple[str, int] | None:
     """Where the HTTP proxy of a Ray Serve that runs already listens; None where none runs.
 
     Ray 2.60 tells this only through its private client.
-    """
-    from ray.serve.context import _get_global_client
 
-    client = _get_global_client(raise_if_no_controller_running=False)
+    Raises:
+        ConfigError: it runs without an HTTP proxy.
+    """
+    client = _running_client()
     if client is None:
         return None
     options = client.http_config
+    if options.host is None:
+        raise ConfigError("Ray Serve runs already, without an HTTP proxy. End it (serve shutdown), and try again.")
     return options.host, options.port
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _running_client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
 
 
-def _free_port(host: str) -> int:
-    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _check_port(host: str, port: int) -> None:
-    """Fail early where the port is taken on this machine; elsewhere the proxy itself would fail."""
-    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as cause:
+def _check_shared(spec: ServeSpec, host: str, port: int) -> None:
+    """Whether the endpoint may go into the Ray Serve that runs already, whose proxy it cannot choose."""
+    where = f"Ray Serve runs already and listens on {host}:{port}"
+    if not is_loopback(host) and spec.config.api_key_env is None:
+        raise ConfigError(
+            f"{where}, which other machines reach, and serve.api_key_env is not set. Name the environment variable "
+            "that holds the key, or end that Ray Serve (serve shutdown)."
+        )
+    for name, details in _running_client().get_serve_details()["applications"].items():
+        if name != spec.app_name and details["route_prefix"] == _ROUTE and details["status"] != "DELETING":
             raise ConfigError(
-                f"serve.host={host} serve.port={port} cannot be listened on ({cause.strerror}). "
-                "Set another serve.port, or serve.port=0 for a free one."
-            ) from cause
+                f"{where}, and its application {name!r} holds the route {_ROUTE} that {spec.app_name!r} needs. End "
+                f"the other one (ray.serve.delete({name!r}), or serve shutdown for all), or use another cluster."
+            )
+    if not is_loopback(host) or (spec.config.port and (host, port) != (spec.config.host, spec.config.port)):
+        _LOG.warning("%s; serve.host and serve.port do not change that", where)
+
+
+def _wait_running(spec: ServeSpec, deadline_s: float) -> None:
+    """Poll the application until all its replicas run."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        found = ray_serve.status().applications.get(spec.app_name)
+        if found is None:
+            raise ServeError(f"the application {spec.app_name} was deleted while it started. Deploy it again.")
+        if found.status == ApplicationStatus.RUNNING:
+            return
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ServeError(f"the replicas that serve {spec.model_uri} did not start: {_state_of(found)}")
+        if time.monotonic() >= deadline:
+            raise ServeError(
+                f"the replicas that serve {spec.model_uri} did not run within {deadline_s:g} s: {_state_of(found)} "
+                f"Each needs serve.cpus_per_replica={spec.config.cpus_per_replica:g} and "
+                f"serve.gpus_per_replica={spec.config.gpus_per_replica:g} free on one node. Lower them or "
+                "serve.replicas.min, or add nodes."
+            )
+        time.sleep(_POLL_S)
+
+
+def _state_of(found: ApplicationStatusOverview) -> str:
+    """What Ray Serve says of an application and those of its deployments that are not well."""
+    parts = [found.message.strip()] if found.message.strip() else []
+    for name, deployment in found.deployments.items():
+        if deployment.status != "HEALTHY":
+            counts = ", ".join(f"{count} {state}" for state, count in deployment.replica_states.items() if count)
+            parts.append(f"{name} is {deployment.status.value} ({counts or 'no replica'}) {deployment.message}".strip())
+    return " ".join(part if part.endswith(".") else f"{part}." for part in parts) or "Ray Serve gives no reason."
+
+
+def _delete_now(app_name: str) -> None:
+    """Delete an application that never served: no stream has to be finished.
+
+    Ray Serve (2.60) gives even a replica that waits for a node all of _GRACE_S, and replaces one that is killed before
+    the deletion has reached it, so they are killed for as long as the application is there.
+    """
+    ray_serve.delete(app_name, _blocking=False)
+    deadline = time.monotonic() + _GRACE_S
+    while app_name in ray_serve.status().applications and time.monotonic() < deadline:
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if str(actor["name"]).startswith(f"SERVE_REPLICA::{app_name}#"):
+                with contextlib.suppress(ValueError):  # it has ended by itself
+                    ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+        time.sleep(_POLL_S)
+
+
+def _abandon(endpoint: Endpoint) -> None:
+    """End what a deployment that failed has started; what goes wrong here must not hide why."""
+    try:
+        if _running_http() is not None and endpoint.app_name in ray_serve.status().applications:
+            _delete_now(endpoint.app_name)
+        undeploy(endpoint)
+    except (RuntimeError, RayError, RayServeException, TimeoutError) as error:
+        _LOG.warning("the application %s could not be ended: %s", endpoint.app_name, error)
 
 
 def _wait_ready(url: str) -> None:

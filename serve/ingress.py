@@ -5,7 +5,6 @@ engine is whatever has `stream` and `complete`: a Ray Serve handle in production
 """
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import time
@@ -36,8 +35,9 @@ from serve.errors import (
     ServeError,
 )
 from serve.model_folder import ModelFolder
+from serve.preflight import key_digest
 
-__all__ = ["MAX_BODY_BYTES", "EnginePort", "build_app", "key_digest"]
+__all__ = ["MAX_BODY_BYTES", "EnginePort", "build_app"]
 
 _LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 * 2**20
@@ -59,11 +59,6 @@ class EnginePort(Protocol):
     async def ready(self) -> None:
         """Returns when a replica answers; raises ServeError."""
         ...
-
-
-def key_digest(key: str) -> bytes:
-    """What is kept of the bearer key: replicas and their arguments never hold the key itself."""
-    return hashlib.sha256(key.encode()).digest()
 
 
 def build_app(

@@ -3,6 +3,8 @@
 Owns no behaviour and imports neither torch nor Ray.
 """
 
+import hashlib
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +36,13 @@ class ServeSpec:
         step = "unknown" if self.step is None else str(self.step)
         return f"step-{step}" if self.digest is None else f"step-{step}-{self.digest[:16]}"
 
+    @property
+    def app_name(self) -> str:
+        """Name of the Serve application: the exports of one run share it, other runs have others."""
+        home = self.model_uri.rstrip("/").rpartition("/")[0]
+        digest = hashlib.blake2b(home.encode(), digest_size=4).hexdigest()
+        return f"stormjib-{re.sub(r'[^A-Za-z0-9._-]', '-', self.model_name)}-{digest}"
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -43,3 +52,7 @@ class Endpoint:
     """Base address, such as `http://127.0.0.1:8000`; the OpenAI client takes `url + "/v1"`."""
     model_name: str
     fingerprint: str
+    app_name: str
+    """The Serve application behind it."""
+    started_serve: bool
+    """Whether Ray Serve itself was started for it."""

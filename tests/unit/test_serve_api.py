@@ -11,7 +11,8 @@ from serve.api.completions import parse_request
 from serve.config import ServeConfig
 from serve.engine.driver import EngineDriver
 from serve.errors import InvalidRequestError, OverloadedError, PromptTooLongError
-from serve.ingress import MAX_BODY_BYTES, build_app, key_digest
+from serve.ingress import MAX_BODY_BYTES, build_app
+from serve.preflight import key_digest
 from serve.spec import ServeSpec
 from serve.weights import build_engine
 from tests.helpers.local_port import LocalPort
