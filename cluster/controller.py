@@ -182,6 +182,7 @@ class Controller:
         """Slots for the ranks; waits for machines where more can come.
 
         Raises:
+            RunFailedError: nodes were lost, and too few are left.
             ConfigError: the mesh does not fit, and nothing more can come.
         """
         parallel = self._config.train.parallel
@@ -285,7 +286,7 @@ class Controller:
         assert self._data is not None, "data are served before the first attempt"
         if self._data.watch():
             self._writer.events.write(Event.DATA_WORKER_LOST)
-            self._console.say("a data worker died and is replaced")
+            self._console.say("a process of the data service died and is replaced")
             self._repair_data()
 
     def _first_step(self, step: int, timing: AttemptTiming) -> None:
