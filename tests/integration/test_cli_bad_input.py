@@ -138,7 +138,7 @@ def test_a_store_that_cannot_be_used_is_named(tmp_path: Path, storage: str, part
     without = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"), "")
     without |= {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path)}
     file = write_run(tmp_path)
-    assert_mistake(stormjib("train", str(file), f"run.storage={storage}", env=without), *parts)
+    assert_mistake(stormjib("status", str(file), f"run.storage={storage}", env=without), *parts)
 
 
 def test_a_folder_of_another_version_is_refused(tmp_path: Path) -> None:
