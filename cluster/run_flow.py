@@ -21,6 +21,7 @@ from data_service import storage
 from data_service.errors import SourceError, StormjibError
 from data_service.prepare import prepare
 from serve.deployment import deploy, undeploy
+from serve.preflight import check_deployable
 from serve.spec import Endpoint, ServeSpec
 
 __all__ = ["run_all", "serve_export", "train_and_export"]
@@ -44,12 +45,13 @@ def run_all(config: RunConfig, console: RunConsole) -> int:
     with ExitStack() as outlives_training:
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
             session = outlives_training.enter_context(open_session(config.cluster, config.serve))
+            check_deployable(config.serve, local=session.is_local)
             export = _train(config, session, writer, console, stop)
             if export is None:
                 return 130 if stop.interrupted else 0
             endpoint = _deploy(config, session, export, console)
             writer.events.write(Event.SERVING, fields={"url": endpoint.url, "step": export.step})
-        _serve_until_interrupted(session, console)
+        _serve_until_interrupted(session, endpoint, console)
     return 0
 
 
@@ -57,18 +59,19 @@ def serve_export(config: RunConfig, console: RunConsole) -> int:
     """Serve the newest export until Ctrl-C; inside a Ray job the application stays up and this returns."""
     export = newest_export(config)
     with open_session(config.cluster, config.serve, with_nodes=False) as session:
-        _deploy(config, session, export, console)
-        _serve_until_interrupted(session, console)
+        endpoint = _deploy(config, session, export, console)
+        _serve_until_interrupted(session, endpoint, console)
     return 0
 
 
 def _check_early(config: RunConfig) -> None:
-    """What can be known before a node is started: another run's folder, and sources that are not there.
+    """What can be known before a node is started: an unfit or foreign folder, and sources that are not there.
 
     Raises:
-        ConfigError: the folder holds a run that cannot go on with this configuration.
+        ConfigError: the folder holds a run that cannot go on with this configuration, or is no place for checkpoints.
         SourceError: a source matches no file.
     """
+    storage.check_commits(config.root)
     RunFolder(config.root).check_identity(config)
     for index, source in enumerate(config.data.sources):
         if not storage.glob_files(source.path):
@@ -148,7 +151,7 @@ def _deploy(config: RunConfig, session: Session, export: Export, console: RunCon
     return endpoint
 
 
-def _serve_until_interrupted(session: Session, console: RunConsole) -> None:
+def _serve_until_interrupted(session: Session, endpoint: Endpoint, console: RunConsole) -> None:
     if session.in_job:
         console.say("the application stays up after this job; `serve shutdown` on the cluster ends it")
         return
@@ -160,7 +163,7 @@ def _serve_until_interrupted(session: Session, console: RunConsole) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    undeploy(keep_serve=session.is_local)
+    undeploy(endpoint, keep_serve=session.is_local)
 
 
 def _last_step(writer: RunWriter) -> int:
