@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -24,12 +25,17 @@ pytestmark = pytest.mark.timeout(180)
 TOO_MANY_CPUS = 50.0
 
 
-@ray_serve.deployment(ray_actor_options={"num_cpus": 0})
-class Other:
-    """Another application of the cluster."""
+def other_application() -> Any:
+    """Another application of the cluster; a local class travels by value, so that its replica imports no test."""
 
-    def __call__(self) -> str:
-        return "other"
+    @ray_serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Other:
+        """Answers."""
+
+        def __call__(self) -> str:
+            return "other"
+
+    return Other.bind()
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,8 @@ def test_an_interrupt_while_it_starts_leaves_nothing(model: str) -> None:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # a process that a shell started in the background ignores SIGINT, and so would this one
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
@@ -90,6 +98,7 @@ def test_an_interrupt_while_it_starts_leaves_nothing(model: str) -> None:
             deploy(spec, deadline_s=100)
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
     assert nothing_is_left()
 
 
@@ -108,12 +117,12 @@ def test_other_applications_are_neither_replaced_nor_ended(model: str, caplog: p
     ray_serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     spec = ServeSpec(model, "tiny", config=ServeConfig(port=8000))
     try:
-        ray_serve.run(Other.bind(), name="theirs", route_prefix="/")
+        ray_serve.run(other_application(), name="theirs", route_prefix="/")
         with pytest.raises(ConfigError, match=r"application 'theirs' holds the route /"):
             deploy(spec)
         assert set(ray_serve.status().applications) == {"theirs"}
 
-        ray_serve.run(Other.bind(), name="theirs", route_prefix="/theirs")
+        ray_serve.run(other_application(), name="theirs", route_prefix="/theirs")
         endpoint = deploy(spec)
         assert endpoint.url == f"http://127.0.0.1:{port}"
         assert f"listens on 127.0.0.1:{port}" in caplog.text

@@ -1,0 +1,28 @@
+"""What holds for all tests: how the process that runs them ends."""
+
+import os
+import sys
+
+import pytest
+
+_status = 0
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
+    """Keep the result for the end."""
+    global _status
+    _status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave without Python's shutdown: this one process has held Ray drivers, Flight servers and gRPC channels.
+
+    Threads of those libraries may still run when the interpreter takes its objects down, and crash it after the last
+    test has passed (seen with Ray 2.60 and pyarrow 26). What the product's own processes exit with is tested on them.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_status)
