@@ -74,6 +74,7 @@ def test_three_killed_nodes_lose_no_row_and_leave_nothing_behind(
         assert meshes == [(2, 2), (2, 2), (2, 2), (1, 2)]
         assert len({event["node_id"] for event in run.events("node_lost")}) == 3
         check_against(run, reference)
+        assert "(raylet)" not in run.output, "a lost node is told in our words"
     with capsys.disabled():
         print("\nseconds from kill to next step:", [round(item, 2) for item in seconds])  # noqa: T201
     assert processes_of(marker) == []
