@@ -18,8 +18,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitC
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Leave without Python's shutdown: this one process has held Ray drivers, Flight servers and gRPC channels.
 
-    It crashed once (segmentation fault) after the summary of a run with two failed tests. The cause was not found, and a
-    crash there is hidden by this. What the product's own processes exit with is tested on those processes.
+    It crashed once (segmentation fault) after the summary of a run with two failed tests. The cause was not found, and
+    this hides such a crash. What the product's own processes exit with is tested on those processes.
     """
     if hasattr(config, "workerinput"):
         return
