@@ -1,149 +1,387 @@
 """The plan of a split: all that the order of rows depends on, and nothing else.
 
-Owns `Plan`, its JSON form and digest. A plan is a few hundred bytes at any scale; it travels in every ticket, so that
-data workers keep no state. Refuses to know files, ranks or workers.
+    OrderSpec (what a run asks for) + DatasetManifest ─ make_plan ─▶ Plan ─ order.rows_of_batches ─▶ row ids
+
+Owns `OrderSpec`, `Plan`, their JSON forms and digests. A plan is a few hundred bytes at any scale; it travels in every
+ticket, so that data workers keep no state. Refuses to know files, ranks or workers.
+
+A plan only ever grows behind what was consumed: a change of weights or a skipped range that begins later leaves
+`digest_at` of the batches before it as it was, so a cursor taken before fits the longer plan.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from data_service.config import DataConfig, RowKind
 from data_service.errors import ConfigError, CursorMismatchError
-from data_service.shards import DatasetManifest, SplitInfo
+from data_service.manifest import DatasetManifest, PartInfo
 
-__all__ = ["PLAN_VERSION", "Plan", "Split", "make_plan", "num_rows_of", "rows_per_shard_of"]
+__all__ = [
+    "MAX_PARTS",
+    "PLAN_VERSION",
+    "OrderSpec",
+    "Plan",
+    "PlanPart",
+    "Segment",
+    "Split",
+    "make_plan",
+    "part_of_rows",
+    "row_id_of",
+]
 
 Split = Literal["train", "eval"]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Changes whenever the same fields would mean another order."""
+MAX_PARTS = 4096
+MAX_PART_ROWS = 2**44
+MAX_WEIGHT_SUM = 2**46
+"""Keeps weight · slots of one ticket (2^16) below 2^62."""
+MAX_SEGMENTS = 257
+MAX_SKIPS = 256
+_PART_SHIFT = 48
+_WEIGHT_UNITS = 10**9
+_STRICT = ConfigDict(strict=True, extra="forbid")
 
 
-def num_rows_of(num_tokens: int, seq_len: int) -> int:
-    """Rows of a token stream: windows of seq_len + 1 tokens, seq_len apart, each with at least one label.
-
-    Row r covers tokens [r·seq_len, r·seq_len + seq_len]; neighbours share one token, so that every token but the first
-    is a label exactly once.
-    """
-    return max(0, -(-(num_tokens - 1) // seq_len))
+def row_id_of(part: int, row: int) -> int:
+    """The id of a row: its part in the upper 16 bits, its number in the part in the lower 48."""
+    return part << _PART_SHIFT | row
 
 
-def rows_per_shard_of(info: SplitInfo, seq_len: int) -> int:
-    """Rows of a block: as many as fit in a shard."""
-    return max(1, info.shard_tokens // seq_len)
+def part_of_rows(row_id: int) -> tuple[int, int]:
+    """The inverse of `row_id_of`: (part, row)."""
+    return row_id >> _PART_SHIFT, row_id & ((1 << _PART_SHIFT) - 1)
 
 
 @dataclass(frozen=True)
+class OrderSpec:
+    """What a run asks of the order of its rows."""
+
+    seed: int
+    seq_len: int
+    global_batch: int
+    window_shards: int
+    isolate_documents: bool = False
+    temperature: float = 1.0
+    weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
+    """(first batch, ((source, weight), …)) in order; empty, or without an entry for batch 0, means the sources' rows."""
+    skip: tuple[tuple[int, int], ...] = ()
+    """[first, end) of global batches that are never consumed."""
+
+    @classmethod
+    def from_config(cls, data: DataConfig, *, seed: int, global_batch: int) -> "OrderSpec":
+        """What the `data` section, `run.seed` and `train.global_batch` ask for."""
+        weights = []
+        if data.sources[0].weight is not None:
+            given = zip(data.source_names, data.sources, strict=True)
+            weights.append((0, tuple((name, float(source.weight or 0.0)) for name, source in given)))
+        for change in data.mixture.changes:
+            weights.append((change.first_batch, tuple((name, change.weights[name]) for name in data.source_names)))
+        return cls(
+            seed=seed,
+            seq_len=data.seq_len,
+            global_batch=global_batch,
+            window_shards=data.shuffle_window_shards,
+            isolate_documents=data.isolate_documents,
+            temperature=data.mixture.temperature,
+            weights=tuple(weights),
+            skip=tuple((one.first, one.end) for one in data.skip),
+        )
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "OrderSpec":
+        """Read a specification from the network.
+
+        Raises:
+            ValueError: when it is not one.
+        """
+        return _parsed(_ORDER_SPEC, text, "order")
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class PlanPart:
+    """Rows of one source that one preparation wrote."""
+
+    source: str
+    generation: int
+    num_rows: int
+    rows_per_shard: int
+    """Row r lies in shard r // rows_per_shard of the part."""
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that hold the rows."""
+        return -(-self.num_rows // self.rows_per_shard)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Segment:
+    """From a global batch on, these weights."""
+
+    first_batch: int
+    weights: tuple[int, ...]
+    """One for each source, in the order in which sources first occur in `parts`; shares are weight / sum."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
 class Plan:
-    """A split, cut into rows and put in order."""
+    """A split, cut into rows and put in order.
+
+    Global batches are numbered absolutely; those in `skip` are never consumed. Step index i (0-based) consumes batch
+    `batch_at(i)`. Everything outside this module and `order` speaks of step indices.
+    """
 
     version: int
     dataset_digest: str
     split: Split
+    rows: RowKind
     seed: int
     seq_len: int
     """Tokens that a row feeds to the model; a row holds one more."""
     global_batch: int
     """Rows per optimizer step, on every mesh."""
-    num_tokens: int
-    """Tokens of the split."""
-    num_rows: int
-    """Rows of one epoch."""
-    rows_per_shard: int
-    """Rows of a block; blocks are permuted as wholes, each lies in one shard or two neighbours."""
     window_shards: int
-    """Blocks whose rows are shuffled together."""
+    """Shards whose rows are shuffled together."""
     shuffle: bool
     """Whether rows are permuted and epochs repeat without end (train), or come once in file order (eval)."""
+    isolate_documents: bool
+    """Whether the label that is a document's first token is masked."""
+    loss_masks: bool
+    """Whether rows carry a mask of the labels that count."""
+    num_labels: int
+    """Classes; 0 where rows carry no label."""
+    parts: tuple[PlanPart, ...]
+    """In the manifest's order; none is empty."""
+    segments: tuple[Segment, ...]
+    """In order, the first at batch 0; exactly one in an eval plan."""
+    skip: tuple[tuple[int, int], ...]
+    """Disjoint ranges [first, end) in order; none in an eval plan."""
 
     def __post_init__(self) -> None:
-        """Check what a ticket from the network could get wrong."""
-        counts = {
-            "seq_len": self.seq_len,
-            "global_batch": self.global_batch,
-            "num_rows": self.num_rows,
-            "rows_per_shard": self.rows_per_shard,
-            "window_shards": self.window_shards,
-        }
-        for name, value in counts.items():
-            if not 1 <= value < 2**62:
-                raise ValueError(f"plan.{name}={value} is out of range.")
+        """Check what a ticket from the network could get wrong.
+
+        Raises:
+            ValueError: for a value out of range.
+            CursorMismatchError: for another version of the order.
+        """
         if self.version != PLAN_VERSION:
             raise CursorMismatchError(
                 f"a plan of version {self.version} was asked for, this is version {PLAN_VERSION}: the order of rows "
                 "would differ. Use the release that started the run."
             )
-        if self.split not in ("train", "eval"):
-            raise ValueError(f"plan.split={self.split!r} is neither train nor eval.")
-        if self.num_rows != num_rows_of(self.num_tokens, self.seq_len):
-            raise ValueError(
-                f"plan.num_rows={self.num_rows} does not follow from {self.num_tokens} tokens, {self.seq_len} a row."
-            )
+        bounds = {
+            "seed": (self.seed, 0, 2**63),
+            "seq_len": (self.seq_len, 1, 2**24),
+            "global_batch": (self.global_batch, 1, 2**31),
+            "window_shards": (self.window_shards, 1, 2**20),
+            "num_labels": (self.num_labels, 0, 2**20),
+            "parts": (len(self.parts), 1, MAX_PARTS + 1),
+            "segments": (len(self.segments), 1, MAX_SEGMENTS + 1),
+            "skip": (len(self.skip), 0, MAX_SKIPS + 1),
+        }
+        for number, part in enumerate(self.parts):
+            bounds[f"parts.{number}.num_rows"] = (part.num_rows, 1, MAX_PART_ROWS)
+            bounds[f"parts.{number}.rows_per_shard"] = (part.rows_per_shard, 1, 2**32)
+        before = -1
+        for number, segment in enumerate(self.segments):
+            bounds[f"segments.{number}.first_batch"] = (segment.first_batch, before + 1, 2**40)
+            bounds[f"segments.{number}.weights"] = (len(segment.weights), self.num_sources, self.num_sources + 1)
+            bounds[f"the sum of segments.{number}.weights"] = (sum(segment.weights), 1, MAX_WEIGHT_SUM)
+            bounds[f"the least of segments.{number}.weights"] = (min(segment.weights, default=0), 0, MAX_WEIGHT_SUM)
+            before = segment.first_batch
+        before = 0
+        for number, (first, end) in enumerate(self.skip):
+            bounds[f"skip.{number}"] = (first, before, 2**40)
+            bounds[f"the end of skip.{number}"] = (end, first + 1, 2**40 + 1)
+            before = end
+        for name, (value, low, high) in bounds.items():
+            if not low <= value < high:
+                raise ValueError(f"plan: {name}={value} is not in [{low}, {high}).")
+        if self.segments[0].first_batch != 0:
+            raise ValueError("plan: the first segment does not begin at batch 0.")
+        if not self.shuffle and (len(self.segments) > 1 or self.skip):
+            raise ValueError("plan: rows in file order have neither changes of weights nor skipped batches.")
+
+    @cached_property
+    def sources(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """(source, its parts' indices), in the order in which sources first occur in `parts`."""
+        found: dict[str, list[int]] = {}
+        for index, part in enumerate(self.parts):
+            found.setdefault(part.source, []).append(index)
+        return tuple((name, tuple(indices)) for name, indices in found.items())
+
+    @property
+    def num_sources(self) -> int:
+        """Distinct sources."""
+        return len(self.sources)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of all parts: of one epoch, where no weights are set."""
+        return sum(part.num_rows for part in self.parts)
 
     @property
     def num_batches(self) -> int:
-        """Global batches of one pass. An eval plan ends there, its last batch short; a train plan goes on for ever."""
+        """Global batches of one pass over `num_rows`. An eval plan ends there, its last batch short."""
         return -(-self.num_rows // self.global_batch)
+
+    def batch_at(self, step: int) -> int:
+        """The absolute number of the global batch that step index `step` (0-based) consumes."""
+        batch = step
+        for first, end in self.skip:
+            if batch < first:
+                break
+            batch += end - first
+        return batch
 
     @cached_property
     def digest(self) -> str:
         """BLAKE2b-128 of the canonical JSON, as hexadecimal digits."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
+    def digest_at(self, consumed: int) -> str:
+        """The digest of what decides the first `consumed` steps: later segments and skips are left out."""
+        end = self.batch_at(consumed - 1) + 1 if consumed else 0
+        segments = tuple(one for one in self.segments if one.first_batch < max(1, end))
+        skip = tuple(one for one in self.skip if one[0] < end)
+        return replace(self, segments=segments, skip=skip).digest
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str | bytes) -> "Plan":
         """Read a plan, checking keys, types and bounds.
 
         Raises:
             ValueError: when it is not a plan.
             CursorMismatchError: when it is one of another version.
         """
-        return cls.from_object(json.loads(text))
-
-    @classmethod
-    def from_object(cls, value: object) -> "Plan":
-        """`from_json` of a value that is parsed already."""
-        if not isinstance(value, dict) or set(value) != {field.name for field in fields(cls)}:
-            raise ValueError("this is not a plan: its keys differ.")
-        kinds: dict[str, type] = {field.name: int for field in fields(cls)}
-        kinds.update(dataset_digest=str, split=str, shuffle=bool)
-        for name, kind in kinds.items():
-            if type(value[name]) is not kind:
-                raise ValueError(f"plan.{name} is {type(value[name]).__name__}, not {kind.__name__}.")
-        return cls(**value)
+        return _parsed(_PLAN, text, "plan")
 
 
-def make_plan(
-    manifest: DatasetManifest, split: Split, seed: int, seq_len: int, global_batch: int, window_shards: int
-) -> Plan:
+_PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
+_ORDER_SPEC: TypeAdapter[OrderSpec] = TypeAdapter(OrderSpec)
+
+
+def _parsed(adapter: TypeAdapter[Any], text: str | bytes, what: str) -> Any:
+    try:
+        return adapter.validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise ValueError(f"this is no {what}: {where}: {problem['msg']}"[:500]) from None
+
+
+def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
     """The plan of a split of a prepared dataset.
 
     Raises:
-        ConfigError: when the split holds no row.
+        ConfigError: when the split holds no row, rows were prepared for another length, or weights name other sources.
     """
-    info = manifest.splits[split]
-    num_rows = num_rows_of(info.num_tokens, seq_len)
-    if num_rows == 0:
+    if manifest.row_tokens and manifest.row_tokens != spec.seq_len + 1:
+        raise ConfigError(
+            f"data.seq_len={spec.seq_len} was asked for, the dataset's {manifest.rows} rows were prepared for "
+            f"data.seq_len={manifest.row_tokens - 1}. Set it back, or prepare into another data.dataset."
+        )
+    parts = tuple(_plan_part(manifest, part, spec.seq_len) for part in manifest.splits[split])
+    parts = tuple(part for part in parts if part.num_rows)
+    if not parts:
         raise ConfigError(
             f"the {split} split was asked for, it holds no documents. "
             + ("Set data.split.eval above 0 and prepare again." if split == "eval" else "Add text to data.sources.")
         )
+    shuffled = split == "train"
     return Plan(
         version=PLAN_VERSION,
         dataset_digest=manifest.digest,
         split=split,
-        seed=seed,
-        seq_len=seq_len,
-        global_batch=global_batch,
-        num_tokens=info.num_tokens,
-        num_rows=num_rows,
-        rows_per_shard=rows_per_shard_of(info, seq_len),
-        window_shards=window_shards,
-        shuffle=split == "train",
+        rows=manifest.rows,
+        seed=spec.seed,
+        seq_len=spec.seq_len,
+        global_batch=spec.global_batch,
+        window_shards=spec.window_shards,
+        shuffle=shuffled,
+        isolate_documents=spec.isolate_documents,
+        loss_masks=manifest.loss_masks,
+        num_labels=len(manifest.labels) if manifest.rows == "document" else 0,
+        parts=parts,
+        segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
+        skip=spec.skip if shuffled else (),
     )
+
+
+def _plan_part(manifest: DatasetManifest, part: PartInfo, seq_len: int) -> PlanPart:
+    """Rows of a part. Stream rows: a shard of S tokens and one more has ceil(S / seq_len) rows.
+
+    The last shard of a part has no token behind it, so S tokens there give S - 1 labels.
+    """
+    if manifest.rows != "stream":
+        return PlanPart(part.source, part.generation, part.num_rows, manifest.shard_rows)
+    rows_per_shard = -(-manifest.shard_tokens // seq_len)
+    if part.num_shards == 0:
+        return PlanPart(part.source, part.generation, 0, rows_per_shard)
+    last_tokens = part.num_tokens - (part.num_shards - 1) * manifest.shard_tokens
+    last_rows = -(-(last_tokens - 1) // seq_len)
+    return PlanPart(
+        part.source, part.generation, (part.num_shards - 1) * rows_per_shard + last_rows, rows_per_shard
+    )
+
+
+def _rows_by_source(parts: Sequence[PlanPart]) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    for part in parts:
+        rows[part.source] = rows.get(part.source, 0) + part.num_rows
+    return rows
+
+
+def _natural(parts: Sequence[PlanPart], temperature: float) -> tuple[Segment, ...]:
+    """Shares by rows; exact at temperature 1, so that an epoch takes every row of every source once."""
+    rows = _rows_by_source(parts)
+    if temperature == 1.0:
+        return (Segment(0, tuple(rows.values())),)
+    return (Segment(0, _units([float(count) for count in rows.values()], temperature)),)
+
+
+def _units(weights: Sequence[float], temperature: float) -> tuple[int, ...]:
+    """Shares weight ** (1 / temperature) in billionths, largest remainders rounded up; a weight above 0 stays so."""
+    powers = [(weight / max(weights)) ** (1.0 / temperature) if weight else 0.0 for weight in weights]
+    exact = [power / sum(powers) * _WEIGHT_UNITS for power in powers]
+    units = [max(int(share), 1 if share else 0) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: (int(exact[index]) - exact[index], index))
+    for index in by_remainder[: max(0, _WEIGHT_UNITS - sum(units))]:
+        units[index] += 1
+    return tuple(units)
+
+
+def _segments(parts: Sequence[PlanPart], spec: OrderSpec) -> tuple[Segment, ...]:
+    names = list(_rows_by_source(parts))
+    given = []
+    for first, weights in spec.weights:
+        wanted = dict(weights)
+        if missing := [name for name in names if name not in wanted]:
+            raise ConfigError(
+                f"weights from global batch {first} on are given for {', '.join(wanted)}, the dataset also holds "
+                f"{', '.join(missing)}. Give each source of data.sources a weight."
+            )
+        if not any(wanted[name] for name in names):
+            raise ConfigError(
+                f"weights from global batch {first} on are 0 for every source with rows. Set one of them above 0."
+            )
+        given.append(Segment(first, _units([wanted[name] for name in names], spec.temperature)))
+    if not given or given[0].first_batch:
+        given = [*_natural(parts, spec.temperature), *given]
+    return tuple(given)

@@ -1,0 +1,211 @@
+"""What `manifest.json` of a prepared dataset says: counts and digests, small at any scale.
+
+    manifest.json              the dataset as it was first prepared; written last, and never replaced
+    manifest.00001.json, …     one more for each later preparation that added files (a generation)
+    shards/index-00000.arrow   the index of shards in pages of INDEX_PAGE entries
+    shards/train-00000.arrow, shards/eval-00000.arrow, …
+    tokenizer/                 a folder that transformers loads
+    rejects.jsonl, rejects.00001.jsonl, …  records left out, per generation: file, line, reason
+    stats.json, stats.00001.json, …        lengths and counts per source, of all generations up to this one
+
+A later generation holds all shards of the one before it, and more: an older manifest stays true for the runs that
+began with it. Owns these names and the dataclasses behind them. Knows nothing of shards' bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from data_service import storage
+from data_service.config import RowKind
+from data_service.errors import ConfigError
+
+__all__ = [
+    "DATASET_VERSION",
+    "INDEX_PAGE",
+    "SPLITS",
+    "DatasetManifest",
+    "PartInfo",
+    "SourceFileInfo",
+    "manifest_name",
+    "read_manifest",
+    "read_manifests",
+    "tokenizer_uri",
+]
+
+DATASET_VERSION = 2
+INDEX_PAGE = 65_536
+"""Entries in a page of the index."""
+SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+_MAX_GENERATIONS = 10_000
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """The shards that one preparation wrote of one source in one split; the unit that is ragged at its end."""
+
+    source: str
+    generation: int
+    num_documents: int
+    num_tokens: int
+    """End tokens included, the repeated token at a shard's end and padding not."""
+    num_rows: int
+    """Rows that are fixed at prepare; 0 with stream rows, whose number follows from seq_len."""
+    first_shard: int
+    """Number of its first shard in the split."""
+    num_shards: int
+
+
+@dataclass(frozen=True)
+class SourceFileInfo:
+    """One source file as it was read."""
+
+    source: str
+    file: str
+    digest: str
+    generation: int
+    num_records: int
+    num_rejects: int
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """A prepared dataset, as it stood after one of its generations."""
+
+    version: int
+    digest: str
+    """BLAKE2b-128 over the content: checksums of the shards in order, tokenizer, dtype, kind of rows."""
+    generation: int
+    rows: RowKind
+    row_tokens: int
+    """Tokens of a row, seq_len + 1, where rows are fixed at prepare; 0 with stream rows."""
+    shard_tokens: int
+    """stream: tokens of every shard of a part but its last."""
+    shard_rows: int
+    """document and packed: rows of every shard of a part but its last; 0 with stream rows."""
+    vocab_size: int
+    token_dtype: Literal["uint16", "uint32"]
+    eos_id: int
+    labels: tuple[str, ...]
+    """Classes in the order of their numbers; empty where rows carry none."""
+    loss_masks: bool
+    """Whether shards hold a mask of the tokens whose prediction counts (chats)."""
+    splits: Mapping[str, tuple[PartInfo, ...]]
+    """Split → parts, in the order of (generation, source); a part without shards is left out."""
+    num_shards: int
+    """Shards of both splits: entries of the index."""
+    index_digests: tuple[str, ...]
+    """BLAKE2b-128 of each page of the index, as hexadecimal digits."""
+    tokenizer_digest: str
+    eval_below: int
+    """A document whose text hash (first 8 bytes, little-endian) is below this is held out."""
+    prepare_key: str
+    inputs: Mapping[str, str]
+    """What the key was made of, by dotted name, so that a difference can be named."""
+    files: tuple[SourceFileInfo, ...]
+    num_records: int
+    num_rejects: int
+    num_duplicates: int
+    num_truncated: int
+    """Chats and labelled texts that lost their end."""
+    reject_reasons: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """The dtype of a token in the shards and on the wire."""
+        return np.dtype(self.token_dtype)
+
+    def num_documents(self, split: str | None = None) -> int:
+        """Documents of a split, or of both."""
+        return sum(part.num_documents for part in self.parts(split))
+
+    def num_tokens(self, split: str | None = None) -> int:
+        """Tokens of a split, or of both."""
+        return sum(part.num_tokens for part in self.parts(split))
+
+    def parts(self, split: str | None = None) -> tuple[PartInfo, ...]:
+        """Parts of a split, or of both."""
+        return tuple(part for name in SPLITS if split in (None, name) for part in self.splits[name])
+
+    def to_json(self) -> str:
+        """Indented JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "DatasetManifest":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: when keys are missing or of another version.
+        """
+        value = json.loads(text)
+        found = value.get("version") if isinstance(value, dict) else None
+        if found != DATASET_VERSION:
+            raise ValueError(f"dataset format {found}, this release reads {DATASET_VERSION}.")
+        try:
+            value["splits"] = {
+                name: tuple(PartInfo(**part) for part in value["splits"][name]) for name in SPLITS
+            }
+            value["files"] = tuple(SourceFileInfo(**info) for info in value["files"])
+            for name in ("labels", "index_digests"):
+                value[name] = tuple(value[name])
+            if value["rows"] not in get_args(RowKind):
+                raise ValueError(f"rows of kind {value['rows']!r}.")
+            return cls(**value)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"fields of the manifest differ: {error}.") from error
+
+
+def manifest_name(generation: int) -> str:
+    """File name of a generation's manifest."""
+    return "manifest.json" if generation == 0 else f"manifest.{generation:05d}.json"
+
+
+def tokenizer_uri(dataset_uri: str) -> str:
+    """The folder that `transformers` loads as a tokenizer."""
+    return storage.join(dataset_uri, "tokenizer")
+
+
+def read_manifests(dataset_uri: str) -> list[DatasetManifest]:
+    """All generations, oldest first; empty where there is no dataset.
+
+    Raises:
+        ConfigError: when one is of a kind that this release does not read.
+    """
+    found: list[DatasetManifest] = []
+    for generation in range(_MAX_GENERATIONS):
+        uri = storage.join(dataset_uri, manifest_name(generation))
+        try:
+            found.append(DatasetManifest.from_json(storage.read_bytes(uri).decode()))
+        except FileNotFoundError:
+            break
+        except ValueError as error:
+            raise ConfigError(
+                f"{uri} was asked for, it is not a dataset manifest: {error} Prepare into another folder."
+            ) from error
+    return found
+
+
+def read_manifest(dataset_uri: str, digest: str | None = None) -> DatasetManifest:
+    """The newest manifest of a dataset, or the one of a digest.
+
+    Raises:
+        ConfigError: when there is no dataset, none of that digest, or one that this release does not read.
+    """
+    found = read_manifests(dataset_uri)
+    if not found:
+        raise ConfigError(
+            f"a prepared dataset was asked for in {dataset_uri}, it holds no manifest.json. Run `stormjib prepare`."
+        )
+    if digest is None:
+        return found[-1]
+    for manifest in found:
+        if manifest.digest == digest:
+            return manifest
+    raise ConfigError(
+        f"the dataset {digest} was asked for in {dataset_uri}, which holds "
+        f"{', '.join(manifest.digest for manifest in found)}. Name the folder that the run was prepared in."
+    )
