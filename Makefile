@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 export PYTHONDONTWRITEBYTECODE ?= 0
 
-.PHONY: demo test test-long test-gpu check bench clean help
+.PHONY: demo test test-long test-gpu check bench proto clean help
 
 help:
 	@echo "make demo       from reviews to a streaming endpoint on this machine (a few minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-long  the chaos and scale tests as well"
 	@echo "make check      format, lint and types"
 	@echo "make bench      the benchmarks"
+	@echo "make proto      generated code of the control plane's protocol"
 	@echo "make clean      remove .venv, caches and runs"
 
 $(VENV)/.ready: requirements-dev.lock pyproject.toml
@@ -42,6 +43,12 @@ check: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	for script in benchmarks/[a-z]*.py; do $(PY) -m benchmarks.$$(basename $$script .py) || exit 1; done
+
+# Of the oldest grpcio and protobuf that pyproject.toml allows: newer ones run older code, not the other way round.
+proto:
+	test -x build/proto/bin/python || $(PYTHON) -m venv build/proto
+	build/proto/bin/python -m pip install --quiet "grpcio-tools==1.80.0" "setuptools<81"
+	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. data_service/control.proto
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

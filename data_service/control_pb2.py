@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61ta_service/control.proto\x12\x10stormjib.data.v1\"|\n\x0eWorkerCounters\x12\x0f\n\x07tickets\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x13\n\x0bshards_read\x18\x04 \x01(\x04\x12\x12\n\nbytes_read\x18\x05 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x06 \x01(\x04\"M\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x61taset_digest\x18\x03 \x01(\t\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"Y\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x32\n\x08\x63ounters\x18\x02 \x01(\x0b\x32 .stormjib.data.v1.WorkerCounters\"\"\n\x11HeartbeatResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"\x1f\n\x0eGetPlanRequest\x12\r\n\x05split\x18\x01 \x01(\t\"$\n\x0fGetPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\"j\n\x0cRouteRequest\x12\r\n\x05split\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_batch\x18\x02 \x01(\x04\x12\x12\n\nlast_batch\x18\x03 \x01(\x04\x12\x0f\n\x07\x65xclude\x18\x04 \x03(\t\x12\x11\n\tclient_id\x18\x05 \x01(\t\"\"\n\rRouteResponse\x12\x11\n\taddresses\x18\x01 \x03(\t\"7\n\x14ReportFailureRequest\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x15ReportFailureResponse\"\x0e\n\x0cStatsRequest\"\xa7\x01\n\x0bWorkerStats\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x1f\n\x17seconds_since_heartbeat\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x04\x12\x32\n\x08\x63ounters\x18\x06 \x01(\x0b\x32 .stormjib.data.v1.WorkerCounters\"W\n\rStatsResponse\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12.\n\x07workers\x18\x02 \x03(\x0b\x32\x1d.stormjib.data.v1.WorkerStats2\xfc\x03\n\x0b\x44\x61taControl\x12Q\n\x08Register\x12!.stormjib.data.v1.RegisterRequest\x1a\".stormjib.data.v1.RegisterResponse\x12T\n\tHeartbeat\x12\".stormjib.data.v1.HeartbeatRequest\x1a#.stormjib.data.v1.HeartbeatResponse\x12N\n\x07GetPlan\x12 .stormjib.data.v1.GetPlanRequest\x1a!.stormjib.data.v1.GetPlanResponse\x12H\n\x05Route\x12\x1e.stormjib.data.v1.RouteRequest\x1a\x1f.stormjib.data.v1.RouteResponse\x12`\n\rReportFailure\x12&.stormjib.data.v1.ReportFailureRequest\x1a\'.stormjib.data.v1.ReportFailureResponse\x12H\n\x05Stats\x12\x1e.stormjib.data.v1.StatsRequest\x1a\x1f.stormjib.data.v1.StatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61ta_service/control.proto\x12\x10stormjib.data.v2\"|\n\x0eWorkerCounters\x12\x0f\n\x07tickets\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x12\n\nbytes_sent\x18\x03 \x01(\x04\x12\x13\n\x0bshards_read\x18\x04 \x01(\x04\x12\x12\n\nbytes_read\x18\x05 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x06 \x01(\x04\"M\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x61taset_digest\x18\x03 \x01(\t\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"Y\n\x10HeartbeatRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x32\n\x08\x63ounters\x18\x02 \x01(\x0b\x32 .stormjib.data.v2.WorkerCounters\"\"\n\x11HeartbeatResponse\x12\r\n\x05known\x18\x01 \x01(\x08\"!\n\x0cLeaveRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x0f\n\rLeaveResponse\"\x10\n\x0eMembersRequest\";\n\x06Member\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\"m\n\x0fMembersResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12)\n\x07members\x18\x03 \x03(\x0b\x32\x18.stormjib.data.v2.Member\x12\x0f\n\x07settled\x18\x04 \x01(\x08\"K\n\x0eGetPlanRequest\x12\r\n\x05split\x18\x01 \x01(\t\x12\x12\n\norder_json\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x61taset_digest\x18\x03 \x01(\t\"$\n\x0fGetPlanResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\"9\n\x14ReportFailureRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x15ReportFailureResponse\"\x0e\n\x0cStatsRequest\"\xa7\x01\n\x0bWorkerStats\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05\x61live\x18\x03 \x01(\x08\x12\x1f\n\x17seconds_since_heartbeat\x18\x04 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x05 \x01(\x04\x12\x32\n\x08\x63ounters\x18\x06 \x01(\x0b\x32 .stormjib.data.v2.WorkerCounters\"W\n\rStatsResponse\x12\x16\n\x0e\x64\x61taset_digest\x18\x01 \x01(\t\x12.\n\x07workers\x18\x02 \x03(\x0b\x32\x1d.stormjib.data.v2.WorkerStats2\xcc\x04\n\x0b\x44\x61taControl\x12Q\n\x08Register\x12!.stormjib.data.v2.RegisterRequest\x1a\".stormjib.data.v2.RegisterResponse\x12T\n\tHeartbeat\x12\".stormjib.data.v2.HeartbeatRequest\x1a#.stormjib.data.v2.HeartbeatResponse\x12H\n\x05Leave\x12\x1e.stormjib.data.v2.LeaveRequest\x1a\x1f.stormjib.data.v2.LeaveResponse\x12N\n\x07Members\x12 .stormjib.data.v2.MembersRequest\x1a!.stormjib.data.v2.MembersResponse\x12N\n\x07GetPlan\x12 .stormjib.data.v2.GetPlanRequest\x1a!.stormjib.data.v2.GetPlanResponse\x12`\n\rReportFailure\x12&.stormjib.data.v2.ReportFailureRequest\x1a\'.stormjib.data.v2.ReportFailureResponse\x12H\n\x05Stats\x12\x1e.stormjib.data.v2.StatsRequest\x1a\x1f.stormjib.data.v2.StatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,24 +41,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEATREQUEST']._serialized_end=383
   _globals['_HEARTBEATRESPONSE']._serialized_start=385
   _globals['_HEARTBEATRESPONSE']._serialized_end=419
-  _globals['_GETPLANREQUEST']._serialized_start=421
-  _globals['_GETPLANREQUEST']._serialized_end=452
-  _globals['_GETPLANRESPONSE']._serialized_start=454
-  _globals['_GETPLANRESPONSE']._serialized_end=490
-  _globals['_ROUTEREQUEST']._serialized_start=492
-  _globals['_ROUTEREQUEST']._serialized_end=598
-  _globals['_ROUTERESPONSE']._serialized_start=600
-  _globals['_ROUTERESPONSE']._serialized_end=634
-  _globals['_REPORTFAILUREREQUEST']._serialized_start=636
-  _globals['_REPORTFAILUREREQUEST']._serialized_end=691
-  _globals['_REPORTFAILURERESPONSE']._serialized_start=693
-  _globals['_REPORTFAILURERESPONSE']._serialized_end=716
-  _globals['_STATSREQUEST']._serialized_start=718
-  _globals['_STATSREQUEST']._serialized_end=732
-  _globals['_WORKERSTATS']._serialized_start=735
-  _globals['_WORKERSTATS']._serialized_end=902
-  _globals['_STATSRESPONSE']._serialized_start=904
-  _globals['_STATSRESPONSE']._serialized_end=991
-  _globals['_DATACONTROL']._serialized_start=994
-  _globals['_DATACONTROL']._serialized_end=1502
+  _globals['_LEAVEREQUEST']._serialized_start=421
+  _globals['_LEAVEREQUEST']._serialized_end=454
+  _globals['_LEAVERESPONSE']._serialized_start=456
+  _globals['_LEAVERESPONSE']._serialized_end=471
+  _globals['_MEMBERSREQUEST']._serialized_start=473
+  _globals['_MEMBERSREQUEST']._serialized_end=489
+  _globals['_MEMBER']._serialized_start=491
+  _globals['_MEMBER']._serialized_end=550
+  _globals['_MEMBERSRESPONSE']._serialized_start=552
+  _globals['_MEMBERSRESPONSE']._serialized_end=661
+  _globals['_GETPLANREQUEST']._serialized_start=663
+  _globals['_GETPLANREQUEST']._serialized_end=738
+  _globals['_GETPLANRESPONSE']._serialized_start=740
+  _globals['_GETPLANRESPONSE']._serialized_end=776
+  _globals['_REPORTFAILUREREQUEST']._serialized_start=778
+  _globals['_REPORTFAILUREREQUEST']._serialized_end=835
+  _globals['_REPORTFAILURERESPONSE']._serialized_start=837
+  _globals['_REPORTFAILURERESPONSE']._serialized_end=860
+  _globals['_STATSREQUEST']._serialized_start=862
+  _globals['_STATSREQUEST']._serialized_end=876
+  _globals['_WORKERSTATS']._serialized_start=879
+  _globals['_WORKERSTATS']._serialized_end=1046
+  _globals['_STATSRESPONSE']._serialized_start=1048
+  _globals['_STATSRESPONSE']._serialized_end=1135
+  _globals['_DATACONTROL']._serialized_start=1138
+  _globals['_DATACONTROL']._serialized_end=1726
 # @@protoc_insertion_point(module_scope)

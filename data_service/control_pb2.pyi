@@ -52,11 +52,51 @@ class HeartbeatResponse(_message.Message):
     known: bool
     def __init__(self, known: bool = ...) -> None: ...
 
+class LeaveRequest(_message.Message):
+    __slots__ = ("worker_id",)
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    def __init__(self, worker_id: _Optional[str] = ...) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class MembersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("worker_id", "address", "alive")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    address: str
+    alive: bool
+    def __init__(self, worker_id: _Optional[str] = ..., address: _Optional[str] = ..., alive: bool = ...) -> None: ...
+
+class MembersResponse(_message.Message):
+    __slots__ = ("epoch", "version", "members", "settled")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    version: int
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    settled: bool
+    def __init__(self, epoch: _Optional[int] = ..., version: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., settled: bool = ...) -> None: ...
+
 class GetPlanRequest(_message.Message):
-    __slots__ = ("split",)
+    __slots__ = ("split", "order_json", "dataset_digest")
     SPLIT_FIELD_NUMBER: _ClassVar[int]
+    ORDER_JSON_FIELD_NUMBER: _ClassVar[int]
+    DATASET_DIGEST_FIELD_NUMBER: _ClassVar[int]
     split: str
-    def __init__(self, split: _Optional[str] = ...) -> None: ...
+    order_json: str
+    dataset_digest: str
+    def __init__(self, split: _Optional[str] = ..., order_json: _Optional[str] = ..., dataset_digest: _Optional[str] = ...) -> None: ...
 
 class GetPlanResponse(_message.Message):
     __slots__ = ("plan_json",)
@@ -64,33 +104,13 @@ class GetPlanResponse(_message.Message):
     plan_json: str
     def __init__(self, plan_json: _Optional[str] = ...) -> None: ...
 
-class RouteRequest(_message.Message):
-    __slots__ = ("split", "first_batch", "last_batch", "exclude", "client_id")
-    SPLIT_FIELD_NUMBER: _ClassVar[int]
-    FIRST_BATCH_FIELD_NUMBER: _ClassVar[int]
-    LAST_BATCH_FIELD_NUMBER: _ClassVar[int]
-    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
-    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
-    split: str
-    first_batch: int
-    last_batch: int
-    exclude: _containers.RepeatedScalarFieldContainer[str]
-    client_id: str
-    def __init__(self, split: _Optional[str] = ..., first_batch: _Optional[int] = ..., last_batch: _Optional[int] = ..., exclude: _Optional[_Iterable[str]] = ..., client_id: _Optional[str] = ...) -> None: ...
-
-class RouteResponse(_message.Message):
-    __slots__ = ("addresses",)
-    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
-    addresses: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
-
 class ReportFailureRequest(_message.Message):
-    __slots__ = ("address", "reason")
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("worker_id", "reason")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    address: str
+    worker_id: str
     reason: str
-    def __init__(self, address: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ReportFailureResponse(_message.Message):
     __slots__ = ()

@@ -35,32 +35,37 @@ class DataControlStub(object):
             channel: A grpc.Channel.
         """
         self.Register = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/Register',
+                '/stormjib.data.v2.DataControl/Register',
                 request_serializer=data__service_dot_control__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=data__service_dot_control__pb2.RegisterResponse.FromString,
                 _registered_method=True)
         self.Heartbeat = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/Heartbeat',
+                '/stormjib.data.v2.DataControl/Heartbeat',
                 request_serializer=data__service_dot_control__pb2.HeartbeatRequest.SerializeToString,
                 response_deserializer=data__service_dot_control__pb2.HeartbeatResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/stormjib.data.v2.DataControl/Leave',
+                request_serializer=data__service_dot_control__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=data__service_dot_control__pb2.LeaveResponse.FromString,
+                _registered_method=True)
+        self.Members = channel.unary_unary(
+                '/stormjib.data.v2.DataControl/Members',
+                request_serializer=data__service_dot_control__pb2.MembersRequest.SerializeToString,
+                response_deserializer=data__service_dot_control__pb2.MembersResponse.FromString,
+                _registered_method=True)
         self.GetPlan = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/GetPlan',
+                '/stormjib.data.v2.DataControl/GetPlan',
                 request_serializer=data__service_dot_control__pb2.GetPlanRequest.SerializeToString,
                 response_deserializer=data__service_dot_control__pb2.GetPlanResponse.FromString,
                 _registered_method=True)
-        self.Route = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/Route',
-                request_serializer=data__service_dot_control__pb2.RouteRequest.SerializeToString,
-                response_deserializer=data__service_dot_control__pb2.RouteResponse.FromString,
-                _registered_method=True)
         self.ReportFailure = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/ReportFailure',
+                '/stormjib.data.v2.DataControl/ReportFailure',
                 request_serializer=data__service_dot_control__pb2.ReportFailureRequest.SerializeToString,
                 response_deserializer=data__service_dot_control__pb2.ReportFailureResponse.FromString,
                 _registered_method=True)
         self.Stats = channel.unary_unary(
-                '/stormjib.data.v1.DataControl/Stats',
+                '/stormjib.data.v2.DataControl/Stats',
                 request_serializer=data__service_dot_control__pb2.StatsRequest.SerializeToString,
                 response_deserializer=data__service_dot_control__pb2.StatsResponse.FromString,
                 _registered_method=True)
@@ -83,22 +88,29 @@ class DataControlServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetPlan(self, request, context):
-        """The plan of a split.
+    def Leave(self, request, context):
+        """A data worker stops, and is to be asked no more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Route(self, request, context):
-        """Workers to read a range of global batches from, best first.
+    def Members(self, request, context):
+        """All data workers, sorted by id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetPlan(self, request, context):
+        """The plan of a split, for the order that a run asks for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportFailure(self, request, context):
-        """A client gave a worker up.
+        """A client gave a worker up: it is not alive until its next heartbeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -124,15 +136,20 @@ def add_DataControlServicer_to_server(servicer, server):
                     request_deserializer=data__service_dot_control__pb2.HeartbeatRequest.FromString,
                     response_serializer=data__service_dot_control__pb2.HeartbeatResponse.SerializeToString,
             ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=data__service_dot_control__pb2.LeaveRequest.FromString,
+                    response_serializer=data__service_dot_control__pb2.LeaveResponse.SerializeToString,
+            ),
+            'Members': grpc.unary_unary_rpc_method_handler(
+                    servicer.Members,
+                    request_deserializer=data__service_dot_control__pb2.MembersRequest.FromString,
+                    response_serializer=data__service_dot_control__pb2.MembersResponse.SerializeToString,
+            ),
             'GetPlan': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPlan,
                     request_deserializer=data__service_dot_control__pb2.GetPlanRequest.FromString,
                     response_serializer=data__service_dot_control__pb2.GetPlanResponse.SerializeToString,
-            ),
-            'Route': grpc.unary_unary_rpc_method_handler(
-                    servicer.Route,
-                    request_deserializer=data__service_dot_control__pb2.RouteRequest.FromString,
-                    response_serializer=data__service_dot_control__pb2.RouteResponse.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -146,9 +163,9 @@ def add_DataControlServicer_to_server(servicer, server):
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'stormjib.data.v1.DataControl', rpc_method_handlers)
+            'stormjib.data.v2.DataControl', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('stormjib.data.v1.DataControl', rpc_method_handlers)
+    server.add_registered_method_handlers('stormjib.data.v2.DataControl', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -169,7 +186,7 @@ class DataControl(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stormjib.data.v1.DataControl/Register',
+            '/stormjib.data.v2.DataControl/Register',
             data__service_dot_control__pb2.RegisterRequest.SerializeToString,
             data__service_dot_control__pb2.RegisterResponse.FromString,
             options,
@@ -196,9 +213,63 @@ class DataControl(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stormjib.data.v1.DataControl/Heartbeat',
+            '/stormjib.data.v2.DataControl/Heartbeat',
             data__service_dot_control__pb2.HeartbeatRequest.SerializeToString,
             data__service_dot_control__pb2.HeartbeatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stormjib.data.v2.DataControl/Leave',
+            data__service_dot_control__pb2.LeaveRequest.SerializeToString,
+            data__service_dot_control__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Members(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stormjib.data.v2.DataControl/Members',
+            data__service_dot_control__pb2.MembersRequest.SerializeToString,
+            data__service_dot_control__pb2.MembersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -223,36 +294,9 @@ class DataControl(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stormjib.data.v1.DataControl/GetPlan',
+            '/stormjib.data.v2.DataControl/GetPlan',
             data__service_dot_control__pb2.GetPlanRequest.SerializeToString,
             data__service_dot_control__pb2.GetPlanResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Route(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/stormjib.data.v1.DataControl/Route',
-            data__service_dot_control__pb2.RouteRequest.SerializeToString,
-            data__service_dot_control__pb2.RouteResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -277,7 +321,7 @@ class DataControl(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stormjib.data.v1.DataControl/ReportFailure',
+            '/stormjib.data.v2.DataControl/ReportFailure',
             data__service_dot_control__pb2.ReportFailureRequest.SerializeToString,
             data__service_dot_control__pb2.ReportFailureResponse.FromString,
             options,
@@ -304,7 +348,7 @@ class DataControl(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/stormjib.data.v1.DataControl/Stats',
+            '/stormjib.data.v2.DataControl/Stats',
             data__service_dot_control__pb2.StatsRequest.SerializeToString,
             data__service_dot_control__pb2.StatsResponse.FromString,
             options,
