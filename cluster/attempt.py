@@ -255,6 +255,7 @@ class Attempt:
         self._last_step = report.step
         record = {
             "step": report.step,
+            "batch": report.batch,
             "loss": report.loss,
             "tokens": report.tokens,
             "sample_hash": report.sample_hash,

@@ -9,11 +9,10 @@ Shape letters: B rows, T tokens, N query heads, K key/value heads, H head width.
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["AttentionContext", "CausalContext", "DocumentContext"]
+__all__ = ["AttentionContext", "CausalContext", "DocumentContext", "within_documents"]
 
 
 class AttentionContext(Protocol):
@@ -51,14 +50,25 @@ class DocumentContext:
         Args:
             doc_ids_BT: integers; tokens of a row with the same number belong to one document.
         """
-        num_tokens = doc_ids_BT.shape[1]
-        earlier_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=doc_ids_BT.device).tril()
         same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
-        self._mask_B1TT = (same_BTT & earlier_TT)[:, None]
+        self._mask_B1TT = same_BTT.tril_()[:, None]
 
     def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Attend within documents; see `AttentionContext.attend`."""
         return _attend(q_BTNH, k_BTKH, v_BTKH, self._mask_B1TT)
+
+
+def within_documents(doc_ids_BT: Tensor) -> AttentionContext:
+    """The context that keeps attention inside documents; without a mask where each row lies in one document.
+
+    Waits for the device, once for each micro-batch: what it computes must be known to choose the kernel.
+
+    Args:
+        doc_ids_BT: integers that do not fall along a row.
+    """
+    if bool((doc_ids_BT[:, 0] == doc_ids_BT[:, -1]).all()):
+        return CausalContext()
+    return DocumentContext(doc_ids_BT)
 
 
 def _attend(q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,14 +14,16 @@ from data_service.plan import Plan
 from data_service.schema import BatchSlice
 from trainer.model import default_positions
 from trainer.tasks.causal_lm import make_targets
+from trainer.tasks.rows import TaskRows
 from trainer.topology import BatchLayout
 
-__all__ = ["MicroBatch", "RowSource", "count_tokens", "micro_batches"]
+__all__ = ["MicroBatch", "RowSource", "count_tokens", "micro_batches", "task_rows"]
 
-MicroBatch = tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""((tokens, positions, doc_ids), (labels, weights)): four int64 [B, T] and fp32 [B].
+MicroBatch = tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]
+"""(inputs, targets) of a forward pass over B rows.
 
-doc_ids are carried and not used: attention is causal over whole rows (see `trainer.pipeline.State`).
+Inputs are (tokens, positions), or (tokens, positions, doc_ids) where attention stays within documents: int64 [B, T].
+Targets are (labels, weights): int64 [B, T] and fp32 [B].
 """
 
 
@@ -38,7 +40,7 @@ class RowSource(Protocol):
 
 
 def count_tokens(rows: BatchSlice) -> int:
-    """Valid tokens of this rank's rows; masked rows have none."""
+    """Labels of this rank's rows that count; masked rows have none."""
     return int(rows.valid_tokens.sum())
 
 
@@ -48,18 +50,34 @@ def micro_batches(rows: BatchSlice, layout: BatchLayout, num_tokens: int, device
     Args:
         rows: as many rows as the layout has slots in a rank.
         layout: the cut.
-        num_tokens: valid tokens of the whole global batch.
+        num_tokens: valid tokens of the whole global batch; with none, every loss and gradient is 0.
         device: where the tensors go.
     """
-    tokens_ST1 = rows.torch_tokens().to(device)
-    doc_ids_ST = torch.from_numpy(rows.doc_ids).to(device=device, dtype=torch.int64)
-    valid_S = torch.from_numpy(rows.valid_tokens.astype("int64")).to(device)
-    assert tokens_ST1.shape[0] == layout.slots_per_rank, (tokens_ST1.shape, layout)
-    weight = layout.weight(num_tokens)
+    assert rows.tokens.shape[0] == layout.slots_per_rank, (rows.tokens.shape, layout)
+    documents = _documents(rows, device)
+    weight = layout.weight(max(1, num_tokens))
     cut: list[MicroBatch] = []
-    for first in range(0, layout.slots_per_rank, layout.micro_batch):
-        tokens_BT1 = tokens_ST1[first : first + layout.micro_batch]
-        tokens_BT = tokens_BT1[:, :-1].contiguous()
-        inputs = (tokens_BT, default_positions(tokens_BT).contiguous(), doc_ids_ST[first : first + layout.micro_batch])
-        cut.append((inputs, make_targets(tokens_BT1, valid_S[first : first + layout.micro_batch], weight)))
+    for index, own in enumerate(task_rows(rows, layout, device)):
+        first = index * layout.micro_batch
+        tokens_BT = own.tokens_BT1[:, :-1].contiguous()
+        places = tuple(one[first : first + layout.micro_batch] for one in documents)
+        inputs = (tokens_BT, *(places or (default_positions(tokens_BT).contiguous(),)))
+        cut.append((inputs, make_targets(own, weight)))
     return cut
+
+
+def task_rows(rows: BatchSlice, layout: BatchLayout, device: torch.device) -> Iterator[TaskRows]:
+    """What a task makes targets of, micro-batch by micro-batch; tokens travel to the device as narrow as they came."""
+    tokens_ST1 = torch.from_numpy(rows.tokens).to(device).to(torch.int64)
+    counted_ST = torch.from_numpy(rows.loss_mask).to(device)
+    classes_S = None if rows.labels is None else torch.from_numpy(rows.labels).to(device).to(torch.int64)
+    for first in range(0, layout.slots_per_rank, layout.micro_batch):
+        part = slice(first, first + layout.micro_batch)
+        yield TaskRows(tokens_ST1[part], counted_ST[part], None if classes_S is None else classes_S[part])
+
+
+def _documents(rows: BatchSlice, device: torch.device) -> tuple[Tensor, ...]:
+    """(positions, doc_ids), int64 [S, T], where documents are isolated; nothing where they are not."""
+    if not rows.isolate_documents:
+        return ()
+    return tuple(torch.from_numpy(one).to(device).to(torch.int64) for one in (rows.positions, rows.doc_ids))

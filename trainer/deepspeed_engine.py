@@ -209,7 +209,7 @@ class TrainEngine:
         self._engine.train()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for inputs, targets in batch:
-            micro_loss = weighted_loss(self._engine(inputs[0], inputs[1]), targets)
+            micro_loss = weighted_loss(self._engine(*inputs), targets)
             total += micro_loss.detach()
             self._engine.backward(micro_loss)
             if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
@@ -231,7 +231,7 @@ class TrainEngine:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         with torch.no_grad():
             for inputs, targets in batch:
-                total += weighted_loss(self._engine.module(inputs[0], inputs[1]), targets)
+                total += weighted_loss(self._engine.module(*inputs), targets)
         self._engine.train()
         return self._mean_over_dp(total)
 

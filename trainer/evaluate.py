@@ -7,6 +7,7 @@ weights as training rows, so that an evaluation is equal on every mesh.
 import math
 from dataclasses import dataclass
 
+from data_service.errors import ConfigError
 from trainer.batching import RowSource, count_tokens, micro_batches
 from trainer.deepspeed_engine import TrainEngine
 
@@ -37,6 +38,9 @@ def evaluate(engine: TrainEngine, client: RowSource, max_batches: int | None) ->
         engine: holds the model and the layout.
         client: of the data service.
         max_batches: most global batches to look at; None for all.
+
+    Raises:
+        ConfigError: no label of these rows counts.
     """
     layout = engine.layout
     plan = client.plan("eval")
@@ -50,4 +54,9 @@ def evaluate(engine: TrainEngine, client: RowSource, max_batches: int | None) ->
         batch = [] if rows is None else micro_batches(rows, layout, batch_tokens, engine.device)
         total += engine.evaluate(batch) * batch_tokens
         num_tokens += batch_tokens
+    if num_tokens == 0:
+        raise ConfigError(
+            f"the held-out split was evaluated, none of the labels of its {stop} global batches counts: its chats have "
+            "no assistant's words within data.seq_len. Raise data.seq_len, data.split.eval or train.eval.max_batches."
+        )
     return Evaluation(total / num_tokens, num_tokens)

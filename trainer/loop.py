@@ -92,6 +92,7 @@ def train(rank: Rank) -> None:
     spec, engine, config = rank.spec, rank.engine, rank.train_config
     if rank.step == 0:
         _evaluate(rank)
+    plan = rank.client.plan("train")
     slots = engine.layout.slots(engine.dp_index)
     stream = rank.client.stream("train", rank.step, config.steps, slots) if engine.consumes_rows else None
     stop_after = NEVER
@@ -119,6 +120,7 @@ def train(rank: Rank) -> None:
             rank.hooks.report(
                 StepReport(
                     step=rank.step,
+                    batch=plan.batch_at(rank.step - 1),
                     loss=outcome.loss,
                     tokens=num_tokens,
                     sample_hash=agreed.sample_hash,
@@ -171,11 +173,12 @@ def _evaluate(rank: Rank) -> EvalRecord | None:
 def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
     spec = rank.spec
     plan = rank.client.plan("train")
+    cursor = Cursor.of(plan, rank.step)
     return TrainState(
         step=rank.step,
         optimizer_steps=rank.step,
-        plan_digest=plan.digest,
-        consumed_batches=rank.step,
+        plan_digest=cursor.plan_digest,
+        consumed_batches=cursor.consumed_batches,
         dataset_digest=plan.dataset_digest,
         seed=spec.seed,
         seq_len=spec.seq_len,

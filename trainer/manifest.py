@@ -83,7 +83,7 @@ class TrainState:
     optimizer_steps: int
     """Updates that the optimizer has made: its bias correction goes on from here."""
     plan_digest: str
-    """Of the training rows' plan; with `consumed_batches` the data cursor."""
+    """Of what decided the consumed rows (`Plan.digest_at`); with `consumed_batches` the data cursor."""
     consumed_batches: int
     dataset_digest: str
     seed: int

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_service.errors import ConfigError
-from trainer.attention import AttentionContext, CausalContext, DocumentContext
+from trainer.attention import AttentionContext, CausalContext, within_documents
 from trainer.config import ModelConfig
 
 __all__ = [
@@ -284,7 +284,7 @@ class Transformer(nn.Module):
         Args:
             tokens_BT: int64 ids below V.
             positions_BT: int64 below `max_positions`; by default 0 … T-1 in every row.
-            doc_ids_BT: where given, and `context` is not, attention stays within documents.
+            doc_ids_BT: where given, and `context` is not, attention stays within documents; they do not fall in a row.
             context: how to attend; by default causally.
 
         Returns:
@@ -293,7 +293,7 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = default_positions(tokens_BT)
         if context is None:
-            context = CausalContext() if doc_ids_BT is None else DocumentContext(doc_ids_BT)
+            context = CausalContext() if doc_ids_BT is None else within_documents(doc_ids_BT)
         return self.logits(self.hidden(tokens_BT, positions_BT, context))
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor, context: AttentionContext) -> Tensor:

@@ -1,6 +1,6 @@
 """From the model's list of layers to pipeline stages.
 
-Owns the modules that carry the tuple (hidden, positions, doc_ids) between stages, and which canonical parameters a
+Owns the modules that carry the tuple (hidden, positions[, doc_ids]) between stages, and which canonical parameters a
 stage holds; where to cut is decided in `trainer.stages`. Tied embeddings live on the first and on the last stage; the
 first stage's copy is the one that is counted, clipped and written. Refuses to know of optimizers or data.
 """
@@ -18,7 +18,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from trainer.attention import CausalContext
+from trainer.attention import AttentionContext, CausalContext, within_documents
 from trainer.model import (
     Block,
     Embedding,
@@ -44,12 +44,11 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-State = tuple[Tensor, Tensor, Tensor]
-"""What flows between layers: hidden [B, T, D], positions [B, T] int64, doc_ids [B, T] int64.
-
-No layer reads doc_ids: every block attends causally over its whole row, as on one stage. They travel so that attention
-within documents (`trainer.attention.DocumentContext`) needs no other tuple between stages.
-"""
+State = tuple[Tensor, ...]
+"""What flows between stages: hidden [B, T, D] (token ids [B, T] before the embedding), positions [B, T] int64, and
+where attention stays within documents doc_ids [B, T] int64."""
+Inner = tuple[Tensor, Tensor, AttentionContext]
+"""What flows between the layers of a stage: hidden and positions as in `State`, and how its blocks attend."""
 
 _TIED = "embedding"
 
@@ -62,10 +61,10 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.layer = Block(config, index)
 
-    def forward(self, state: State) -> State:
-        """Advance the hidden states, causally over whole rows; positions and doc_ids pass through."""
-        hidden_BTD, positions_BT, doc_ids_BT = state
-        return self.layer(hidden_BTD, positions_BT, CausalContext()), positions_BT, doc_ids_BT
+    def forward(self, inner: Inner) -> Inner:
+        """Advance the hidden states; the rest passes through."""
+        hidden_BTD, positions_BT, context = inner
+        return self.layer(hidden_BTD, positions_BT, context), positions_BT, context
 
 
 class HeadLayer(nn.Module):
@@ -77,9 +76,9 @@ class HeadLayer(nn.Module):
         self.tied = config.tie_embeddings
         self.layer = Head(config)
 
-    def forward(self, state: State) -> Tensor:
+    def forward(self, inner: Inner) -> Tensor:
         """Returns logits [B, T, V], or normalised hidden states [B, T, D] where embeddings are tied."""
-        out: Tensor = self.layer.norm(state[0]) if self.tied else self.layer(state[0])
+        out: Tensor = self.layer.norm(inner[0]) if self.tied else self.layer(inner[0])
         return out
 
 
@@ -91,14 +90,14 @@ class EmbeddingLayer(nn.Module):
         super().__init__()
         self.layer = Embedding(config)
 
-    def forward(self, state: State) -> State:
+    def forward(self, inner: Inner) -> Inner:
         """Replace token ids by vectors."""
-        return _embed(self.layer, state)
+        return _embed(self.layer, inner)
 
 
-def _embed(embedding: Embedding, state: State) -> State:
-    tokens_BT, positions_BT, doc_ids_BT = state
-    return embedding(tokens_BT), positions_BT, doc_ids_BT
+def _embed(embedding: Embedding, inner: Inner) -> Inner:
+    tokens_BT, positions_BT, context = inner
+    return embedding(tokens_BT), positions_BT, context
 
 
 def _project(embedding: Embedding, normed_BTD: Tensor) -> Tensor:
@@ -145,6 +144,20 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         )
         holders = [rank for rank in range(dp * pp) if rank % pp in (0, pp - 1)]
         self._tied_group = dist.new_group(holders) if config.tie_embeddings else None
+
+    def forward(self, state: State) -> State | Tensor:
+        """This stage's layers on one micro-batch; its mask is made once for all of them.
+
+        Args:
+            state: as the stage before sends it; in the first stage the inputs of a micro-batch.
+
+        Returns:
+            The state for the next stage; in the last stage the logits.
+        """
+        _, positions_BT, *documents = state
+        context = within_documents(documents[0]) if documents else CausalContext()
+        out: Inner | Tensor = super().forward((state[0], positions_BT, context))
+        return out if isinstance(out, Tensor) else (out[0], positions_BT, *documents)
 
     def _partition_layers(self, method: str = "parameters") -> None:
         """Cut by our own bounds (overrides DeepSpeed 0.19.8, which balances parameter counts and prints them)."""

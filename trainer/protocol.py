@@ -105,6 +105,8 @@ class StepReport:
 
     step: int
     """Optimizer steps done, this one included: the first step reports 1."""
+    batch: int
+    """Absolute number of the global batch that it consumed (`Plan.batch_at`)."""
     loss: float
     """Mean token loss over the valid tokens of the global batch, before the update."""
     tokens: int

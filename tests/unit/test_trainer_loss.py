@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.tasks.causal_lm import IGNORED, make_targets, token_losses, weighted_loss
+from trainer.tasks.causal_lm import IGNORED, token_losses, weighted_loss
+from trainer.tasks.causal_lm import make_targets as targets_of
+from trainer.tasks.rows import TaskRows
 from trainer.topology import BatchLayout
 
 ROWS, TOKENS, VOCAB = 11, 9, 23
+
+
+def make_targets(tokens: torch.Tensor, valid: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Targets of rows whose first `valid` labels count."""
+    counted = torch.arange(tokens.shape[1] - 1) < valid[:, None]
+    return targets_of(TaskRows(tokens, counted, None), weight)
 
 
 def _reference(logits: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> float:

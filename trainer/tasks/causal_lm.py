@@ -11,28 +11,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.tasks.rows import TaskRows
+
 __all__ = ["IGNORED", "make_targets", "token_losses", "weighted_loss"]
 
 IGNORED = -100
 """Label of a token that has no loss."""
 
 
-def make_targets(tokens_BT1: Tensor, valid_tokens_B: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def make_targets(rows: TaskRows, weight: float) -> tuple[Tensor, Tensor]:
     """Labels and weights of delivered rows.
 
     Args:
-        tokens_BT1: int64 [B, T + 1], as delivered.
-        valid_tokens_B: how many labels of each row count; 0 for a masked row.
+        rows: as delivered; masked rows count no label.
         weight: the step's weight w.
 
     Returns:
-        Labels, int64 [B, T], `IGNORED` where they do not count; weights, fp32 [B], w or 0 for a masked row.
+        Labels, int64 [B, T], `IGNORED` where they do not count; weights, fp32 [B], w, or 0 for a row without labels.
     """
-    labels_BT = tokens_BT1[:, 1:]
-    columns_T = torch.arange(labels_BT.shape[1], device=tokens_BT1.device)
-    valid_B = valid_tokens_B.to(device=tokens_BT1.device, dtype=torch.int64)
-    labels_BT = labels_BT.masked_fill(columns_T >= valid_B[:, None], IGNORED)
-    return labels_BT, torch.where(valid_B > 0, weight, 0.0).to(torch.float32)
+    labels_BT = rows.tokens_BT1[:, 1:].masked_fill(~rows.counted_BT, IGNORED)
+    return labels_BT, torch.where(rows.counted_BT.any(dim=1), weight, 0.0).to(torch.float32)
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
