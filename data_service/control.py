@@ -1,176 +1,90 @@
-"""The control plane: a gRPC server that knows which workers live, what the plan is and where to read.
+"""The control plane: a gRPC server that knows which workers live and makes plans.
 
-It keeps membership in memory and nothing else: workers register again when it restarts, plans follow from the manifest,
-and no progress is stored. Every call but `grpc.health.v1` needs the bearer token.
+It keeps membership in memory and nothing else: workers register again when it restarts, plans follow from the manifest
+and from what the caller asks for, and no progress is stored. So one control plane serves any number of runs over one
+dataset. Every call but `grpc.health.v1` needs the bearer token; server reflection is one of those calls.
 
-Owns membership and routing. Refuses to carry batches.
+Health is told, and may be watched, for `""` and `stormjib.data.v2.DataControl`, which serve, and for
+`stormjib.data.v2.DataWorkers`, which serves while at least one data worker is alive.
+
+Owns the calls of `control.proto`. Refuses to carry batches.
 """
 
-import hashlib
-import hmac
 import logging
+import re
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
-from data_service.config import DataConfig
+from data_service.bearer import BearerToken
 from data_service.errors import ConfigError
-from data_service.plan import make_plan
-from data_service.shards import DatasetManifest, read_manifest
+from data_service.manifest import SPLITS, DatasetManifest, read_manifest
+from data_service.membership import HEARTBEAT_S, Membership
+from data_service.metrics import ControlMetrics, MetricsServer, WorkerCounters
+from data_service.plan import OrderSpec, Split, make_plan
 
-__all__ = ["CHANNEL_OPTIONS", "ControlServer", "Membership", "bearer_metadata"]
+__all__ = ["MAX_ORDER_BYTES", "ControlServer"]
 
 _LOG = logging.getLogger(__name__)
 
-CHANNEL_OPTIONS = (
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),
-)
-"""Of every channel to a control plane: quick to reconnect, and straight to its address whatever proxy is set."""
-HEARTBEAT_S = 1.0
-SUSPECT_AFTER_S = 5.0
-FORGET_AFTER_S = 600.0
-_MAX_WORKERS = 10_000
+MAX_ORDER_BYTES = 65_536
+_MAX_MESSAGE_BYTES = 1 << 18
+_MAX_CALLS = 4096
+"""Calls at one time, watched health included; more are refused."""
+_MAX_PLANS = 64
+_HEALTH_EVERY_S = 0.5
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
-
-
-def bearer_metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """The metadata that a caller sends with each call."""
-    return (("authorization", f"Bearer {token}"),)
-
-
-@dataclass
-class _Member:
-    worker_id: str
-    address: str
-    last_heartbeat: float
-    failed_at: float = float("-inf")
-    failures: int = 0
-    counters: pb.WorkerCounters = field(default_factory=pb.WorkerCounters)
-
-
-class Membership:
-    """Which workers serve, and in which order to try them. Thread-safe; the clock is passed in."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._members: dict[str, _Member] = {}
-
-    def register(self, worker_id: str, address: str) -> None:
-        """Add a worker; one that registers again at another address replaces itself."""
-        with self._lock:
-            now = self._clock()
-            stale = [key for key, member in self._members.items() if now - member.last_heartbeat > FORGET_AFTER_S]
-            for key in stale + [key for key, member in self._members.items() if member.address == address]:
-                self._members.pop(key, None)
-            if len(self._members) >= _MAX_WORKERS:
-                raise ValueError(f"{_MAX_WORKERS} workers are registered already.")
-            self._members[worker_id] = _Member(worker_id, address, now)
-
-    def heartbeat(self, worker_id: str, counters: pb.WorkerCounters) -> bool:
-        """Note that a worker lives; False when it is not known and must register."""
-        with self._lock:
-            member = self._members.get(worker_id)
-            if member is None:
-                return False
-            member.last_heartbeat = self._clock()
-            member.counters = counters
-            return True
-
-    def report_failure(self, address: str) -> None:
-        """Try this worker last until it sends another heartbeat."""
-        with self._lock:
-            for member in self._members.values():
-                if member.address == address:
-                    member.failed_at = self._clock()
-                    member.failures += 1
-
-    def _suspect(self, member: _Member, now: float) -> bool:
-        return now - member.last_heartbeat > SUSPECT_AFTER_S or member.failed_at >= member.last_heartbeat
-
-    def route(self, key: str, exclude: Iterable[str]) -> list[str]:
-        """Addresses to try in turn: live workers in an order that `key` decides (rendezvous hashing), then suspects."""
-        left_out = frozenset(exclude)
-        with self._lock:
-            now = self._clock()
-            candidates = [
-                (
-                    self._suspect(member, now),
-                    hashlib.blake2b(f"{key}/{member.address}".encode(), digest_size=8).digest(),
-                    member.address,
-                )
-                for member in self._members.values()
-                if member.address not in left_out
-            ]
-        return [address for _, _, address in sorted(candidates)]
-
-    def stats(self) -> list[pb.WorkerStats]:
-        """One entry per worker, sorted by address."""
-        with self._lock:
-            now = self._clock()
-            return [
-                pb.WorkerStats(
-                    worker_id=member.worker_id,
-                    address=member.address,
-                    alive=not self._suspect(member, now),
-                    seconds_since_heartbeat=now - member.last_heartbeat,
-                    failures=member.failures,
-                    counters=member.counters,
-                )
-                for member in sorted(self._members.values(), key=lambda member: member.address)
-            ]
+_SERVICE = pb.DESCRIPTOR.services_by_name["DataControl"].full_name
+_WORKERS_HEALTH = _SERVICE.replace("DataControl", "DataWorkers")
+_WORKER_ID = re.compile(r"[\x21-\x7e]{1,64}")
+_ADDRESS = re.compile(r"[A-Za-z0-9._:\[\]-]{1,253}:[0-9]{1,5}")
 
 
 class _TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls without the token, health checks excepted (probes of an orchestrator carry none)."""
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+    def __init__(self, token: str, metrics: ControlMetrics) -> None:
+        self._token = BearerToken(token)
 
         def refuse(_request: object, context: Any) -> None:
+            metrics.add(refused=1)
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "the bearer token is missing or wrong")
 
-        self._refusal = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refuse_unary = grpc.unary_unary_rpc_method_handler(refuse)
+        self._refuse_stream = grpc.stream_stream_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        handler = continuation(handler_call_details)
         if handler_call_details.method.startswith(_HEALTH_PREFIX):
-            return continuation(handler_call_details)
-        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), self._expected):
-            return self._refusal
-        return continuation(handler_call_details)
+            return handler
+        if self._token.accepts(dict(handler_call_details.invocation_metadata).get("authorization")):
+            return handler
+        return self._refuse_stream if handler is not None and handler.request_streaming else self._refuse_unary
 
 
 class _Servicer(pb_grpc.DataControlServicer):
     """The calls of `control.proto`."""
 
-    def __init__(
-        self, manifest: DatasetManifest, seed: int, config: DataConfig, global_batch: int, membership: Membership
-    ) -> None:
+    def __init__(self, manifest: DatasetManifest, membership: Membership, metrics: ControlMetrics) -> None:
         self._manifest = manifest
-        self._seed = seed
-        self._config = config
-        self._global_batch = global_batch
         self._membership = membership
+        self._metrics = metrics
+        self._plan_json = lru_cache(_MAX_PLANS)(self._make_plan_json)
 
     def Register(self, request: pb.RegisterRequest, context: Any) -> pb.RegisterResponse:
-        if not request.worker_id or not request.address or len(request.worker_id) + len(request.address) > 1000:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "worker_id and address are needed, at most 1000 bytes")
-        if request.dataset_digest != self._manifest.digest:
+        if not _WORKER_ID.fullmatch(request.worker_id) or not _ADDRESS.fullmatch(request.address):
             context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"the worker serves dataset {request.dataset_digest[:64]}, this is {self._manifest.digest}",
+                grpc.StatusCode.INVALID_ARGUMENT, "worker_id (1 to 64 visible characters) and address (host:port)"
             )
+        self._check_dataset(request.dataset_digest, "the worker serves", context)
         try:
             self._membership.register(request.worker_id, request.address)
         except ValueError as error:
@@ -178,88 +92,176 @@ class _Servicer(pb_grpc.DataControlServicer):
         return pb.RegisterResponse(heartbeat_s=HEARTBEAT_S)
 
     def Heartbeat(self, request: pb.HeartbeatRequest, context: Any) -> pb.HeartbeatResponse:
-        return pb.HeartbeatResponse(known=self._membership.heartbeat(request.worker_id, request.counters))
+        told = request.counters
+        counters = WorkerCounters(
+            told.tickets, told.rows, told.bytes_sent, told.shards_read, told.bytes_read, told.errors
+        )
+        return pb.HeartbeatResponse(known=self._membership.heartbeat(request.worker_id, counters))
+
+    def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
+        self._membership.leave(request.worker_id)
+        return pb.LeaveResponse()
+
+    def Members(self, request: pb.MembersRequest, context: Any) -> pb.MembersResponse:
+        view = self._membership.view()
+        return pb.MembersResponse(
+            epoch=view.epoch,
+            version=view.version,
+            settled=view.settled,
+            members=[pb.Member(worker_id=key, address=address, alive=alive) for key, address, alive in view.members],
+        )
 
     def GetPlan(self, request: pb.GetPlanRequest, context: Any) -> pb.GetPlanResponse:
-        if request.split not in ("train", "eval"):
+        if request.split not in SPLITS:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "split is neither train nor eval")
+        if len(request.order_json) > MAX_ORDER_BYTES:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"order_json has more than {MAX_ORDER_BYTES} characters")
+        self._check_dataset(request.dataset_digest, "the run reads", context)
         try:
-            plan = make_plan(
-                self._manifest,
-                cast('Literal["train", "eval"]', request.split),
-                self._seed,
-                self._config.seq_len,
-                self._global_batch,
-                self._config.shuffle_window_shards,
-            )
+            plan_json = self._plan_json(request.split, request.order_json)
         except ConfigError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        return pb.GetPlanResponse(plan_json=plan.to_json())
-
-    def Route(self, request: pb.RouteRequest, context: Any) -> pb.RouteResponse:
-        return pb.RouteResponse(addresses=self._membership.route(request.client_id, request.exclude))
+        except (ValueError, ArithmeticError) as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error)[:500])
+        self._metrics.add(plans=1)
+        return pb.GetPlanResponse(plan_json=plan_json)
 
     def ReportFailure(self, request: pb.ReportFailureRequest, context: Any) -> pb.ReportFailureResponse:
-        _LOG.warning("a client gave up data worker %s: %s", request.address[:200], request.reason[:500])
-        self._membership.report_failure(request.address)
+        if self._membership.report_failure(request.worker_id):
+            self._metrics.add(failures=1)
+            _LOG.warning("a client gave up data worker %s: %.500r", request.worker_id, request.reason)
         return pb.ReportFailureResponse()
 
     def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
-        return pb.StatsResponse(dataset_digest=self._manifest.digest, workers=self._membership.stats())
+        return pb.StatsResponse(
+            dataset_digest=self._manifest.digest,
+            workers=[
+                pb.WorkerStats(
+                    worker_id=state.worker_id,
+                    address=state.address,
+                    alive=alive,
+                    seconds_since_heartbeat=since_s,
+                    failures=state.failures,
+                    counters=pb.WorkerCounters(**vars(state.counters)),
+                )
+                for state, alive, since_s in self._membership.states()
+            ],
+        )
+
+    def _make_plan_json(self, split: str, order_json: str) -> str:
+        return make_plan(self._manifest, cast(Split, split), OrderSpec.from_json(order_json)).to_json()
+
+    def _check_dataset(self, digest: str, who: str, context: Any) -> None:
+        if digest != self._manifest.digest:
+            context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"{who} dataset {digest[:64]!r}, this service has {self._manifest.digest!r}: start one with "
+                "that --digest, or name the service of that dataset",
+            )
 
 
 class ControlServer:
-    """The control plane of one dataset and one run."""
+    """The control plane of one dataset."""
 
     def __init__(
         self,
         dataset_uri: str,
-        seed: int,
-        config: DataConfig,
-        global_batch: int,
         token: str,
+        *,
+        dataset_digest: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
+        metrics_port: int | None = None,
     ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            dataset_uri: the prepared dataset.
+            token: what callers must show.
+            dataset_digest: which of its generations; the newest by default.
+            host: where to listen; callers reach it there.
+            port: 0 takes a free one.
+            metrics_port: of Prometheus metrics; 0 takes a free one, None serves none.
+        """
         self._dataset_uri = dataset_uri
-        self._seed = seed
-        self._config = config
-        self._global_batch = global_batch
         self._token = token
+        self._dataset_digest = dataset_digest
         self._host = host
         self._port = port
+        self._metrics_port = metrics_port
         self._server: Any = None
         self._pool: ThreadPoolExecutor | None = None
         self._health = health.HealthServicer()
+        self._stopping = threading.Event()
+        self._watch: threading.Thread | None = None
+        self._metrics_server: MetricsServer | None = None
+
+    @property
+    def metrics_address(self) -> str | None:
+        """`host:port` of the metrics while they are served."""
+        return None if self._metrics_server is None else self._metrics_server.address
 
     def start(self) -> str:
         """Serve, and return `host:port`.
 
         Raises:
             ConfigError: when there is no dataset.
-            OSError: when the port is taken.
+            OSError: when a port is taken.
         """
-        manifest = read_manifest(self._dataset_uri)
+        manifest = read_manifest(self._dataset_uri, self._dataset_digest)
+        membership = Membership()
+
+        def count() -> tuple[int, int]:
+            alive = [one[2] for one in membership.view().members]
+            return sum(alive), len(alive) - sum(alive)
+
+        metrics = ControlMetrics(count)
         self._pool = ThreadPoolExecutor(8, thread_name_prefix="data-control")
         self._server = grpc.server(
             self._pool,
-            interceptors=(_TokenInterceptor(self._token),),
-            options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 1 << 20)),
+            interceptors=(_TokenInterceptor(self._token, metrics),),
+            options=(("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES)),
+            maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        servicer = _Servicer(manifest, self._seed, self._config, self._global_batch, Membership())
+        servicer = _Servicer(manifest, membership, metrics)
         pb_grpc.add_DataControlServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
             port = self._server.add_insecure_port(f"{self._host}:{self._port}")
-        except RuntimeError as error:
+            if self._metrics_port is not None:
+                self._metrics_server = MetricsServer(metrics.registry, self._token, self._host, self._metrics_port)
+        except (RuntimeError, OSError) as error:
+            self.stop()
             raise OSError(f"the control plane cannot listen on {self._host}:{self._port}: {error}.") from error
         self._server.start()
-        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        for name in ("", _SERVICE):
+            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(_WORKERS_HEALTH, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._watch = threading.Thread(target=self._tell_health, args=(count,), name="data-health", daemon=True)
+        self._watch.start()
         return f"{self._host}:{port}"
 
+    def _tell_health(self, count: Callable[[], tuple[int, int]]) -> None:
+        """Set the workers' health when it changes."""
+        before = False
+        while not self._stopping.wait(_HEALTH_EVERY_S):
+            now = count()[0] > 0
+            if now != before:
+                status = health_pb2.HealthCheckResponse
+                self._health.set(_WORKERS_HEALTH, status.SERVING if now else status.NOT_SERVING)
+                before = now
+
     def stop(self) -> None:
-        """Stop serving; calls in flight get half a second."""
+        """Stop serving; calls in flight get half a second. May be called again."""
+        self._stopping.set()
+        if self._watch is not None:
+            self._watch.join()
+            self._watch = None
         self._health.enter_graceful_shutdown()
+        if self._metrics_server is not None:
+            self._metrics_server.stop()
+            self._metrics_server = None
         if self._server is not None:
             self._server.stop(0.5).wait()
             self._server = None

@@ -1,12 +1,43 @@
-"""The counters of a data worker: heartbeats carry them to the control plane, whose Stats call tells them."""
+"""What the data service counts: declared here, told to the control plane in heartbeats, and served to Prometheus.
 
+    stormjib_data_worker_tickets_total            tickets answered
+    stormjib_data_worker_rows_total               rows sent
+    stormjib_data_worker_sent_bytes_total         bytes of row columns sent
+    stormjib_data_worker_read_shards_total        shards read from the dataset's store
+    stormjib_data_worker_read_bytes_total         bytes of them
+    stormjib_data_worker_errors_total             tickets refused or failed
+    stormjib_data_worker_cache_bytes              bytes of shards in the cache folder
+    stormjib_data_worker_answer_seconds           histogram: from a ticket's arrival to its first message
+    stormjib_data_control_workers{state}          workers by state, `alive` or `suspect`
+    stormjib_data_control_plans_total             plans given out
+    stormjib_data_control_failures_total          workers that clients gave up
+    stormjib_data_control_refused_total           calls without the token
+
+Owns names and meaning, and the HTTP endpoint. Refuses to answer a scrape without the token.
+"""
+
+import logging
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 
-__all__ = ["WorkerCounters", "WorkerMetrics"]
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from data_service.bearer import BearerToken
+
+__all__ = ["ControlMetrics", "MetricsServer", "WorkerCounters", "WorkerMetrics"]
+
+_LOG = logging.getLogger(__name__)
+_ANSWER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+_REQUEST_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class WorkerCounters:
     """Totals of a data worker since it started."""
 
@@ -17,19 +48,38 @@ class WorkerCounters:
     bytes_sent: int = 0
     """Bytes of row columns sent."""
     shards_read: int = 0
-    """Shards read from storage."""
+    """Shards read from the dataset's store."""
     bytes_read: int = 0
-    """Bytes of shards read from storage."""
+    """Bytes of shards read from the dataset's store."""
     errors: int = 0
     """Tickets refused or failed."""
 
 
-class WorkerMetrics:
-    """Counters that several threads may add to."""
+_WORKER_FAMILIES = {
+    "tickets": ("stormjib_data_worker_tickets", "Tickets answered."),
+    "rows": ("stormjib_data_worker_rows", "Rows sent."),
+    "bytes_sent": ("stormjib_data_worker_sent_bytes", "Bytes of row columns sent."),
+    "shards_read": ("stormjib_data_worker_read_shards", "Shards read from the dataset's store."),
+    "bytes_read": ("stormjib_data_worker_read_bytes", "Bytes of shards read from the dataset's store."),
+    "errors": ("stormjib_data_worker_errors", "Tickets refused or failed."),
+}
+
+
+class WorkerMetrics(Collector):
+    """Counters of a data worker that several threads may add to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._totals = WorkerCounters()
+        self._cache_bytes = 0
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.answer_s = Histogram(
+            "stormjib_data_worker_answer_seconds",
+            "From a ticket's arrival to its first message.",
+            buckets=_ANSWER_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.registry.register(self)
 
     def add(
         self,
@@ -43,18 +93,125 @@ class WorkerMetrics:
     ) -> None:
         """Add to the totals."""
         with self._lock:
-            old = self._totals
-            self._totals = replace(
-                old,
-                tickets=old.tickets + tickets,
-                rows=old.rows + rows,
-                bytes_sent=old.bytes_sent + bytes_sent,
-                shards_read=old.shards_read + shards_read,
-                bytes_read=old.bytes_read + bytes_read,
-                errors=old.errors + errors,
-            )
+            totals = self._totals
+            totals.tickets += tickets
+            totals.rows += rows
+            totals.bytes_sent += bytes_sent
+            totals.shards_read += shards_read
+            totals.bytes_read += bytes_read
+            totals.errors += errors
+
+    def set_cache_bytes(self, num_bytes: int) -> None:
+        """Bytes of shards in the cache folder now."""
+        with self._lock:
+            self._cache_bytes = num_bytes
 
     def totals(self) -> WorkerCounters:
         """The totals so far."""
         with self._lock:
-            return self._totals
+            return WorkerCounters(**{one.name: getattr(self._totals, one.name) for one in fields(WorkerCounters)})
+
+    def collect(self) -> Iterator[Metric]:
+        """The counters as Prometheus' families."""
+        totals = self.totals()
+        for name, (family, text) in _WORKER_FAMILIES.items():
+            yield CounterMetricFamily(family, text, value=getattr(totals, name))
+        yield GaugeMetricFamily(
+            "stormjib_data_worker_cache_bytes", "Bytes of shards in the cache folder.", value=self._cache_bytes
+        )
+
+
+class ControlMetrics(Collector):
+    """Counters of a control plane that several threads may add to."""
+
+    def __init__(self, workers: Callable[[], tuple[int, int]]) -> None:
+        """Count from 0.
+
+        Args:
+            workers: tells how many are alive, and how many are not.
+        """
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._plans = self._failures = self._refused = 0
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    def add(self, *, plans: int = 0, failures: int = 0, refused: int = 0) -> None:
+        """Add to the totals."""
+        with self._lock:
+            self._plans += plans
+            self._failures += failures
+            self._refused += refused
+
+    def collect(self) -> Iterator[Metric]:
+        """The counters as Prometheus' families."""
+        alive, suspect = self._workers()
+        gauge = GaugeMetricFamily("stormjib_data_control_workers", "Data workers by state.", labels=["state"])
+        gauge.add_metric(["alive"], alive)
+        gauge.add_metric(["suspect"], suspect)
+        yield gauge
+        yield CounterMetricFamily("stormjib_data_control_plans", "Plans given out.", value=self._plans)
+        yield CounterMetricFamily("stormjib_data_control_failures", "Workers clients gave up.", value=self._failures)
+        yield CounterMetricFamily("stormjib_data_control_refused", "Calls without the token.", value=self._refused)
+
+
+class _HttpServer(ThreadingHTTPServer):
+    """Answers scrapes in threads that end with the process."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry, token: BearerToken) -> None:
+        self.registry, self.token = registry, token
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Bind without looking the host's name up, which the base class does and may take long."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _HttpServer
+    timeout = _REQUEST_TIMEOUT_S
+
+    def do_GET(self) -> None:
+        if self.path == "/healthz":
+            self._answer(200, b"ok\n")
+        elif not self.server.token.accepts(self.headers.get("authorization")):
+            self._answer(401, b"the bearer token is missing or wrong\n", ("WWW-Authenticate", "Bearer"))
+        elif self.path.partition("?")[0] == "/metrics":
+            encode, content_type = choose_encoder(self.headers.get("accept", ""))
+            self._answer(200, encode(self.server.registry), ("Content-Type", content_type))
+        else:
+            self._answer(404, b"ask for /metrics or /healthz\n")
+
+    def _answer(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (*headers, ("Content-Length", str(len(body)))):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        _LOG.debug(format, *args)  # noqa: G004 - the base class gives the format
+
+
+class MetricsServer:
+    """`/metrics` for Prometheus behind the token, and `/healthz` for probes without one."""
+
+    def __init__(self, registry: CollectorRegistry, token: str, host: str, port: int) -> None:
+        """Listen at once.
+
+        Raises:
+            OSError: when the port is taken.
+        """
+        self._server = _HttpServer((host, port), registry, BearerToken(token))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="data-metrics", daemon=True)
+        self._thread.start()
+        self.address = f"{host}:{self._server.server_address[1]}"
+
+    def stop(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
