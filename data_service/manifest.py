@@ -3,6 +3,7 @@
     manifest.json              the dataset as it was first prepared; written last, and never replaced
     manifest.00001.json, …     one more for each later preparation that added files (a generation)
     shards/index-00000.arrow   the index of shards in pages of INDEX_PAGE entries
+    shards/index.00001-00000.arrow         one index more for each later generation, of all shards up to it
     shards/train-00000.arrow, shards/eval-00000.arrow, …
     tokenizer/                 a folder that transformers loads
     rejects.jsonl, rejects.00001.jsonl, …  records left out, per generation: file, line, reason
@@ -30,6 +31,7 @@ __all__ = [
     "DatasetManifest",
     "PartInfo",
     "SourceFileInfo",
+    "index_file",
     "manifest_name",
     "read_manifest",
     "read_manifests",
@@ -37,8 +39,8 @@ __all__ = [
 ]
 
 DATASET_VERSION = 2
-INDEX_PAGE = 65_536
-"""Entries in a page of the index."""
+INDEX_PAGE = 4096
+"""Entries in a page of the index, about 160 kB: what a jump to a shard out of millions has to read."""
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 _MAX_GENERATIONS = 10_000
 
@@ -146,9 +148,7 @@ class DatasetManifest:
         if found != DATASET_VERSION:
             raise ValueError(f"dataset format {found}, this release reads {DATASET_VERSION}.")
         try:
-            value["splits"] = {
-                name: tuple(PartInfo(**part) for part in value["splits"][name]) for name in SPLITS
-            }
+            value["splits"] = {name: tuple(PartInfo(**part) for part in value["splits"][name]) for name in SPLITS}
             value["files"] = tuple(SourceFileInfo(**info) for info in value["files"])
             for name in ("labels", "index_digests"):
                 value[name] = tuple(value[name])
@@ -162,6 +162,11 @@ class DatasetManifest:
 def manifest_name(generation: int) -> str:
     """File name of a generation's manifest."""
     return "manifest.json" if generation == 0 else f"manifest.{generation:05d}.json"
+
+
+def index_file(generation: int, page: int) -> str:
+    """Path of a page of a generation's index inside its dataset."""
+    return f"shards/index-{page:05d}.arrow" if generation == 0 else f"shards/index.{generation:05d}-{page:05d}.arrow"
 
 
 def tokenizer_uri(dataset_uri: str) -> str:

@@ -1,22 +1,22 @@
-"""A prepared dataset on storage: its manifest, the index of its shards, and reading a shard with its checksum.
+"""Shard files and the index of a prepared dataset: their bytes, their names, and reading them with checksums.
 
-    manifest.json        counts and digests; small at any scale; written last, so a dataset without it does not exist
-    shards/index.arrow   one row per shard: split, number, tokens, bytes, checksum
-    shards/train-00000.arrow, shards/eval-00000.arrow, …
-    tokenizer/           a folder that transformers loads
-    rejects.jsonl        records left out: file, line, reason
+A shard is an uncompressed Arrow IPC file of one record batch with ONE row, whose list columns are the arrays of
+`Shard`; so a file on this machine is read in place, without a copy. In a stream dataset shard k of a part ends with the
+first token of shard k + 1, so that no row leaves its shard. The index lists the shards of the training split in the
+order of their numbers, then those of the evaluation split, in pages of INDEX_PAGE entries, each named by its digest in
+the manifest.
 
-A shard is an Arrow IPC file of one record batch with the columns `token` (uint16 or uint32) and `starts` (bool: here
-a document begins). All shards of a split hold `shard_tokens` tokens, only the last fewer.
-
-Owns this format. Refuses to serve bytes whose checksum differs.
+Owns these formats. Refuses to hand out bytes whose checksum differs. Rows, caches and what a manifest says are the
+business of others.
 """
 
 import hashlib
 import io
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -24,144 +24,83 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_service import storage
-from data_service.errors import ConfigError, ShardCorruptError
+from data_service.errors import DataError, ShardCorruptError
+from data_service.manifest import INDEX_PAGE, SPLITS, DatasetManifest, index_file, read_manifest
 
 __all__ = [
-    "DatasetManifest",
+    "MAX_SHARD_TOKENS",
     "Shard",
     "ShardEntry",
-    "SourceInfo",
-    "SplitInfo",
+    "ShardIndex",
     "checksum",
+    "encode_index_page",
     "encode_shard",
-    "index_bytes",
+    "index_pages",
     "load_shard",
-    "manifest_uri",
-    "read_index",
-    "read_manifest",
+    "open_shard",
     "read_tokens",
     "shard_file",
-    "tokenizer_uri",
+    "verify_bytes",
 ]
 
-DATASET_VERSION = 1
-SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
-INDEX_FILE = "shards/index.arrow"
+MAX_SHARD_TOKENS = 2**31
+"""Places in a shard are uint32."""
+_PAGES_KEPT = 64
+_ADVICE = "Prepare the dataset again, which restores it."
+
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "tokens": ("<u2", "<u4"),
+    "starts": ("<u4",),
+    "row_offsets": ("<u8",),
+    "answer_bits": ("|u1",),
+    "labels": ("<i4",),
+}
+"""Columns of a shard in order, with the dtypes that each may have; the last three only where they apply."""
+
 _INDEX_SCHEMA = pa.schema(
     [
-        ("split", pa.string()),
-        ("number", pa.uint32()),
-        ("num_tokens", pa.uint64()),
-        ("num_bytes", pa.uint64()),
-        ("checksum", pa.binary(16)),
+        pa.field("num_tokens", pa.uint64(), nullable=False),
+        pa.field("num_rows", pa.uint64(), nullable=False),
+        pa.field("num_bytes", pa.uint64(), nullable=False),
+        pa.field("checksum", pa.binary(16), nullable=False),
     ]
 )
 
 
 @dataclass(frozen=True)
-class SplitInfo:
-    """Counts of one split."""
+class Shard:
+    """The content of a shard; views over the file's bytes where it was read."""
 
-    num_documents: int
-    num_tokens: int
-    num_shards: int
-    shard_tokens: int
-    """Tokens in every shard but the last."""
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """One source file as it was read."""
-
-    file: str
-    digest: str
-    num_records: int
-    num_rejects: int
-
-
-@dataclass(frozen=True)
-class DatasetManifest:
-    """What `manifest.json` says."""
-
-    version: int
-    digest: str
-    """BLAKE2b over the content: checksums of the shards, tokenizer and token dtype."""
-    vocab_size: int
-    token_dtype: Literal["uint16", "uint32"]
-    eos_id: int
-    splits: Mapping[str, SplitInfo]
-    tokenizer_digest: str
-    index_digest: str
-    prepare_key: str
-    inputs: Mapping[str, str]
-    """What the key was made of, by dotted name, so that a difference can be named."""
-    sources: tuple[SourceInfo, ...]
-    num_records: int
-    num_rejects: int
-    num_duplicates: int
-    reject_reasons: Mapping[str, int] = field(default_factory=dict)
+    tokens: npt.NDArray[np.unsignedinteger]
+    """[N], uint16 or uint32; in a stream dataset the next shard's first token is the last, but in a part's last one."""
+    starts: npt.NDArray[np.uint32]
+    """[D], ascending: places in `tokens` where a document begins."""
+    row_offsets: npt.NDArray[np.uint64] | None = None
+    """[n+1]: row i is tokens[row_offsets[i]:row_offsets[i+1]]; None in a stream dataset."""
+    answer_bits: npt.NDArray[np.uint8] | None = None
+    """[ceil(N/8)] bitmap over `tokens`, least significant bit first: this token counts as a label (chats)."""
+    labels: npt.NDArray[np.int32] | None = None
+    """[n]: class of the row, -1 where there is none."""
 
     @property
-    def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """The dtype of a token in the shards and on the wire."""
-        return np.dtype(self.token_dtype)
-
-    def to_json(self) -> str:
-        """Indented JSON with sorted keys."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> "DatasetManifest":
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: when keys are missing or of another version.
-        """
-        value = json.loads(text)
-        if value.get("version") != DATASET_VERSION:
-            raise ValueError(f"dataset format {value.get('version')}, this release reads {DATASET_VERSION}.")
-        try:
-            value["splits"] = {name: SplitInfo(**info) for name, info in value["splits"].items()}
-            value["sources"] = tuple(SourceInfo(**info) for info in value["sources"])
-            return cls(**value)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"fields of the manifest differ: {error}.") from error
+    def num_bytes(self) -> int:
+        """Bytes that its arrays take."""
+        return sum(array.nbytes for array in vars(self).values() if array is not None)
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One row of the index."""
+    """What the index says of a shard."""
 
     split: str
     number: int
     num_tokens: int
+    """The repeated token at the end of a stream shard is not counted."""
+    num_rows: int
+    """0 in a stream dataset."""
     num_bytes: int
     checksum: bytes
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The content of a shard."""
-
-    tokens: npt.NDArray[np.unsignedinteger]
-    """[S], uint16 or uint32."""
-    starts: npt.NDArray[np.bool_]
-    """[S]: a document begins here."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes it takes in memory."""
-        return self.tokens.nbytes + self.starts.nbytes
-
-
-def manifest_uri(dataset_uri: str) -> str:
-    """Where the manifest lies."""
-    return storage.join(dataset_uri, "manifest.json")
-
-
-def tokenizer_uri(dataset_uri: str) -> str:
-    """The folder that `transformers` loads as a tokenizer."""
-    return storage.join(dataset_uri, "tokenizer")
+    """BLAKE2b-128 of the file."""
 
 
 def shard_file(split: str, number: int) -> str:
@@ -169,25 +108,33 @@ def shard_file(split: str, number: int) -> str:
     return f"shards/{split}-{number:05d}.arrow"
 
 
-def checksum(data: bytes) -> bytes:
-    """BLAKE2b-128."""
+def checksum(data: "bytes | memoryview") -> bytes:
+    """BLAKE2b-128 of a file's bytes; lets other threads run meanwhile."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def encode_shard(shard: Shard) -> bytes:
-    """The bytes of a shard file; equal for equal content."""
-    batch = pa.record_batch(
-        [
-            pa.Array.from_buffers(
-                pa.from_numpy_dtype(shard.tokens.dtype), shard.tokens.size, [None, pa.py_buffer(shard.tokens)]
-            ),
-            pa.Array.from_buffers(
-                pa.bool_(), shard.starts.size, [None, pa.py_buffer(np.packbits(shard.starts, bitorder="little"))]
-            ),
-        ],
-        names=["token", "starts"],
-    )
-    return _ipc_bytes(batch)
+    """The bytes of a shard file; equal for equal content.
+
+    Raises:
+        ValueError: when an array is of another dtype, or there are too many tokens for uint32 places.
+    """
+    if shard.tokens.size > MAX_SHARD_TOKENS:
+        raise ValueError(f"a shard of {shard.tokens.size} tokens is too long: at most {MAX_SHARD_TOKENS}.")
+    columns, fields = [], []
+    for name, dtypes in _COLUMNS.items():
+        array: npt.NDArray[np.generic] | None = getattr(shard, name)
+        if array is None:
+            continue
+        if array.dtype.str not in dtypes or array.ndim != 1:
+            raise ValueError(f"shard.{name} is {array.dtype}{array.shape}, it must be one of {dtypes}, flat.")
+        kind = pa.from_numpy_dtype(array.dtype)
+        values = pa.Array.from_buffers(kind, array.size, [None, pa.py_buffer(np.ascontiguousarray(array))])
+        field = pa.field(name, pa.large_list(pa.field("item", kind, nullable=False)), nullable=False)
+        offsets = pa.py_buffer(np.array([0, array.size], dtype="<i8"))
+        columns.append(pa.Array.from_buffers(field.type, 1, [None, offsets], children=[values]))
+        fields.append(field)
+    return _ipc_bytes(pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields)))
 
 
 def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
@@ -197,95 +144,190 @@ def _ipc_bytes(batch: pa.RecordBatch) -> bytes:
     return sink.getvalue()
 
 
-def _ipc_batch(data: bytes) -> pa.RecordBatch:
-    reader = pa.ipc.open_file(pa.BufferReader(data))
+def _ipc_batch(source: pa.NativeFile) -> pa.RecordBatch:
+    reader = pa.ipc.open_file(source)
     if reader.num_record_batches != 1:
         raise pa.ArrowInvalid(f"{reader.num_record_batches} record batches instead of 1")
     return reader.get_batch(0)
 
 
-def index_bytes(entries: list[ShardEntry]) -> bytes:
-    """The bytes of `shards/index.arrow`."""
-    rows = [asdict(entry) for entry in entries]
-    return _ipc_bytes(pa.RecordBatch.from_pylist(rows, schema=_INDEX_SCHEMA))
+def _view(array: pa.Array, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    """The values of an Arrow array without nulls, over its memory."""
+    data = array.buffers()[1]
+    if data is None:
+        return np.zeros(0, dtype=dtype)
+    return np.frombuffer(data, dtype=dtype, count=array.offset + len(array))[array.offset :]
 
 
-def read_manifest(dataset_uri: str) -> DatasetManifest:
-    """Read a dataset's manifest.
+def open_shard(source: "str | Path | bytes | memoryview | pa.Buffer") -> Shard:
+    """A shard over a file of this machine, which is mapped into memory, or over its bytes. No checksum is looked at.
 
     Raises:
-        ConfigError: when there is no dataset, or one that this release does not read.
+        ShardCorruptError: when it is no shard.
+        OSError: when the file cannot be read.
     """
-    uri = manifest_uri(dataset_uri)
+    named = isinstance(source, str | Path)
+    name = str(source) if named else "a shard"
     try:
-        return DatasetManifest.from_json(storage.read_bytes(uri).decode())
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"a prepared dataset was asked for in {dataset_uri}, it holds no manifest.json. Run `stormjib prepare`."
-        ) from error
-    except ValueError as error:
-        raise ConfigError(
-            f"{uri} was asked for, it is not a dataset manifest: {error} Prepare into another folder."
-        ) from error
+        file = pa.memory_map(str(source)) if named else pa.BufferReader(source)
+        batch = _ipc_batch(file)
+        if batch.num_rows != 1:
+            raise pa.ArrowInvalid(f"{batch.num_rows} rows instead of 1")
+        arrays: dict[str, npt.NDArray[np.generic]] = {}
+        for column_name, column in zip(batch.schema.names, batch.columns, strict=True):
+            dtypes = _COLUMNS.get(column_name, ())
+            if not pa.types.is_large_list(column.type) or column.null_count:
+                raise pa.ArrowInvalid(f"column {column_name} is {column.type}")
+            dtype = np.dtype(column.type.value_type.to_pandas_dtype())
+            if dtype.str not in dtypes:
+                raise pa.ArrowInvalid(f"column {column_name} holds {dtype}")
+            arrays[column_name] = _view(column.flatten(), dtype)
+        return Shard(**arrays)  # type: ignore[arg-type]
+    except (pa.ArrowInvalid, TypeError, ValueError) as error:
+        raise ShardCorruptError(f"{name} was asked for, it is no shard of this format: {error}. {_ADVICE}") from error
 
 
-def read_index(dataset_uri: str, manifest: DatasetManifest) -> dict[str, list[ShardEntry]]:
-    """The shards of each split, in order.
+def verify_bytes(dataset_uri: str, entry: ShardEntry, data: "bytes | memoryview") -> None:
+    """Check the bytes of a shard file against the index.
 
     Raises:
-        ShardCorruptError: when the index is not the one that the manifest names.
+        ShardCorruptError: naming the shard.
     """
-    uri = storage.join(dataset_uri, INDEX_FILE)
-    data = _read_or_corrupt(uri, "index.arrow")
-    if checksum(data).hex() != manifest.index_digest:
-        raise ShardCorruptError(
-            f"{uri}: its checksum {checksum(data).hex()} is not the manifest's {manifest.index_digest}. "
-            "The index was changed or damaged; prepare the dataset again, which restores it."
-        )
-    index: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
-    for row in _ipc_batch(data).to_pylist():
-        index[row["split"]].append(ShardEntry(**row))
-    return index
+    size, found = memoryview(data).nbytes, checksum(data)
+    if size == entry.num_bytes and found == entry.checksum:
+        return
+    name = shard_file(entry.split, entry.number)
+    advice = (
+        _ADVICE
+        if size != entry.num_bytes
+        else f"Its size is right, so that preparing again would not notice: delete the folder {dataset_uri}, or this "
+        "file alone, and prepare again."
+    )
+    raise ShardCorruptError(
+        f"{name} was asked for, {storage.join(dataset_uri, name)} holds {size} bytes with checksum {found.hex()} "
+        f"instead of {entry.num_bytes} with {entry.checksum.hex()}. {advice}"
+    )
 
 
-def _read_or_corrupt(uri: str, name: str) -> bytes:
+def _read_or_corrupt(dataset_uri: str, name: str) -> bytes:
+    uri = storage.join(dataset_uri, name)
     try:
         return storage.read_bytes(uri)
     except FileNotFoundError as error:
-        raise ShardCorruptError(
-            f"{name} was asked for, {uri} is gone. Prepare the dataset again, which restores it."
-        ) from error
+        raise ShardCorruptError(f"{name} was asked for, {uri} is gone. {_ADVICE}") from error
 
 
 def load_shard(dataset_uri: str, entry: ShardEntry) -> Shard:
-    """Read a shard, verifying its checksum before anything else looks at it.
+    """Read a shard into memory, verifying its checksum before anything else looks at it.
 
     Raises:
         ShardCorruptError: naming the shard, when it is missing or any byte differs.
     """
-    name = shard_file(entry.split, entry.number)
-    uri = storage.join(dataset_uri, name)
-    data = _read_or_corrupt(uri, name)
-    if len(data) != entry.num_bytes or checksum(data) != entry.checksum:
-        advice = (
-            "Prepare the dataset again, which restores it."
-            if len(data) != entry.num_bytes
-            else f"Its size is right, so that preparing again would not notice: delete the folder {dataset_uri}, or "
-            "this file alone, and prepare again."
-        )
-        raise ShardCorruptError(
-            f"{name} was asked for, {uri} holds {len(data)} bytes with checksum {checksum(data).hex()} instead of "
-            f"{entry.num_bytes} with {entry.checksum.hex()}. {advice}"
-        )
-    batch = _ipc_batch(data)
-    tokens = batch.column(0).to_numpy(zero_copy_only=True)
-    packed = np.frombuffer(batch.column(1).buffers()[1], dtype=np.uint8)
-    starts = np.unpackbits(packed, count=tokens.size, bitorder="little").view(np.bool_)
-    return Shard(tokens=tokens, starts=starts)
+    data = _read_or_corrupt(dataset_uri, shard_file(entry.split, entry.number))
+    verify_bytes(dataset_uri, entry, data)
+    return open_shard(data)
+
+
+def encode_index_page(entries: Sequence[ShardEntry]) -> bytes:
+    """The bytes of one page of the index: at most INDEX_PAGE consecutive entries."""
+    columns = [pa.array([getattr(entry, field.name) for entry in entries], type=field.type) for field in _INDEX_SCHEMA]
+    return _ipc_bytes(pa.RecordBatch.from_arrays(columns, schema=_INDEX_SCHEMA))
+
+
+def index_pages(entries: Sequence[ShardEntry]) -> list[bytes]:
+    """All pages of the index; the manifest names each by `checksum(page).hex()`.
+
+    Args:
+        entries: of both splits.
+
+    Raises:
+        ValueError: when a split's numbers are not 0, 1, ….
+    """
+    ordered = [entry for split in SPLITS for entry in sorted(_of(entries, split), key=lambda one: one.number)]
+    for split in SPLITS:
+        if [entry.number for entry in ordered if entry.split == split] != list(range(len(_of(entries, split)))):
+            raise ValueError(f"shards of the {split} split are not numbered from 0 on without gaps.")
+    return [encode_index_page(ordered[begin : begin + INDEX_PAGE]) for begin in range(0, len(ordered), INDEX_PAGE)]
+
+
+def _of(entries: Sequence[ShardEntry], split: str) -> list[ShardEntry]:
+    return [entry for entry in entries if entry.split == split]
+
+
+class ShardIndex:
+    """The index of one generation of a dataset; pages are read when an entry in them is asked for. Thread-safe."""
+
+    def __init__(self, dataset_uri: str, manifest: DatasetManifest) -> None:
+        self._dataset_uri = dataset_uri
+        self._manifest = manifest
+        self._begins: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+        total = 0
+        for split in SPLITS:
+            self._begins[split] = total
+            self._counts[split] = sum(part.num_shards for part in manifest.parts(split))
+            total += self._counts[split]
+        self._lock = threading.Lock()
+        self._pages: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+
+    def num_shards(self, split: str) -> int:
+        """Shards of a split."""
+        return self._counts[split]
+
+    def entry(self, split: str, number: int) -> ShardEntry:
+        """The entry of a shard.
+
+        Raises:
+            IndexError: when the split has no such shard.
+            ShardCorruptError: naming the page of the index, when it is missing or any byte differs.
+        """
+        if not 0 <= number < self._counts[split]:
+            raise IndexError(f"shard {number} of the {split} split was asked for, it has {self._counts[split]}.")
+        page, place = divmod(self._begins[split] + number, INDEX_PAGE)
+        with self._lock:
+            batch = self._pages.get(page)
+            if batch is not None:
+                self._pages.move_to_end(page)
+        if batch is None:
+            batch = self._read(page)
+            with self._lock:
+                self._pages[page] = batch
+                while len(self._pages) > _PAGES_KEPT:
+                    self._pages.popitem(last=False)
+        tokens, rows, size, digest = (batch.column(column)[place].as_py() for column in range(4))
+        return ShardEntry(split, number, tokens, rows, size, digest)
+
+    def entries(self, split: str) -> Iterator[ShardEntry]:
+        """All entries of a split, in the order of their numbers."""
+        for number in range(self._counts[split]):
+            yield self.entry(split, number)
+
+    def _read(self, page: int) -> pa.RecordBatch:
+        name = index_file(self._manifest.generation, page)
+        data = _read_or_corrupt(self._dataset_uri, name)
+        wanted, found = self._manifest.index_digests[page], checksum(data).hex()
+        if found != wanted:
+            raise ShardCorruptError(
+                f"{storage.join(self._dataset_uri, name)}: its checksum {found} is not the manifest's {wanted}. The "
+                f"index was changed or damaged. {_ADVICE}"
+            )
+        batch = _ipc_batch(pa.BufferReader(data))
+        first = page * INDEX_PAGE
+        expected = min(INDEX_PAGE, sum(self._counts.values()) - first)
+        if batch.schema != _INDEX_SCHEMA or batch.num_rows != expected:
+            raise DataError(
+                f"{storage.join(self._dataset_uri, name)} holds {batch.num_rows} entries of {batch.schema.names}, the "
+                f"manifest speaks of {expected} of {_INDEX_SCHEMA.names}. Prepare the dataset again."
+            )
+        return batch
 
 
 def read_tokens(dataset_uri: str, split: Literal["train", "eval"]) -> Iterator[npt.NDArray[np.unsignedinteger]]:
-    """The tokens of a split, shard by shard, in order: uint16 or uint32 [S]."""
+    """The tokens of a split's newest generation, shard by shard, in order: uint16 or uint32 [N].
+
+    The token that a stream shard repeats from the next one is left out; rows that are fixed at prepare come as they
+    lie, so that a document that was cut repeats one token at each cut.
+    """
     manifest = read_manifest(dataset_uri)
-    for entry in read_index(dataset_uri, manifest)[split]:
-        yield load_shard(dataset_uri, entry).tokens
+    for entry in ShardIndex(dataset_uri, manifest).entries(split):
+        yield load_shard(dataset_uri, entry).tokens[: entry.num_tokens]
