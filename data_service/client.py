@@ -1,7 +1,7 @@
 """What a rank reads its data with: the plan of a split, and streams of its slots of each global batch.
 
-Owns the public face of the client; `stream`, `connections` and `delivery` do the work. It knows addresses and a token,
-never a dataset path.
+Owns the public face of the client; `stream`, `reads`, `members`, `connections` and `delivery` do the work. It knows
+addresses and a token, never a dataset path.
 """
 
 import threading
@@ -33,10 +33,11 @@ class DataClient:
         self._closed = threading.Event()
 
     def plan(self, split: Literal["train", "eval"]) -> Plan:
-        """The plan of a split; asked for once, waiting up to `stalled_s` for a control plane.
+        """The plan of a split for the order in `DataAccess`; asked for once, waiting up to `stalled_s` for an answer.
 
         Raises:
-            ConfigError: when the split holds no rows.
+            ConfigError: when the split holds no rows, or the service holds another dataset.
+            CursorMismatchError: when the service makes plans of another version.
             DataUnavailableError: when no control plane answers in time.
         """
         with self._lock:
@@ -56,13 +57,13 @@ class DataClient:
     def stream(
         self, split: Literal["train", "eval"], start: int, stop: int, slots: tuple[int, int]
     ) -> Iterator[BatchSlice]:
-        """Slots [slots[0], slots[1]) of the global batches [start, stop), in order.
+        """Slots [slots[0], slots[1]) of the global batches of the step indices [start, stop), in order.
 
         Reading runs ahead in a thread, from the first `next` until the iterator is exhausted or closed. Slots at or
         past the global batch, and slots past the tail of an eval plan, come as masked rows.
 
         Raises:
-            ValueError: for an empty range of slots, or batches that the plan does not have.
+            ValueError: for an empty range of slots, or steps that the plan does not have.
             DataStalledError: when no worker delivered a batch for `stalled_s`.
             DeliveryError: when a worker delivered other rows than the plan's.
             ShardCorruptError: when no worker can read a shard that is needed.
@@ -70,7 +71,7 @@ class DataClient:
         plan = self.plan(split)
         if not 0 <= start <= stop or (not plan.shuffle and stop > plan.num_batches):
             raise ValueError(
-                f"batches [{start}, {stop}) of the {split} plan were asked for, it has {plan.num_batches}."
+                f"steps [{start}, {stop}) of the {split} plan were asked for, it has {plan.num_batches} batches."
             )
         if not 0 <= slots[0] < slots[1]:
             raise ValueError(f"slots {slots} are no range.")

@@ -1,13 +1,14 @@
 """A client's connections: calls to the control plane and reads from data workers, each under a deadline.
 
-Owns channels, the token and the translation of transport failures into the errors of this folder. Refuses to retry:
-whether to ask again, and whom, is the stream's decision.
+Owns channels, the token, the threads that wait for workers and the translation of transport failures into the errors of
+this folder. Refuses to retry: whether to ask again, and whom, is the stream's decision.
 """
 
 import json
 import logging
+import queue
 import threading
-import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ import pyarrow.flight as flight
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.access import DataAccess
-from data_service.control import CHANNEL_OPTIONS, bearer_metadata
+from data_service.bearer import CHANNEL_OPTIONS, bearer_metadata
 from data_service.errors import (
     ConfigError,
     CursorMismatchError,
@@ -25,13 +26,25 @@ from data_service.errors import (
     DataUnavailableError,
     ShardCorruptError,
 )
-from data_service.ticket import Ticket
+from data_service.members import KnownMembers, Member, MembersAnswer
 
 __all__ = ["Connections", "WorkerFailedError"]
 
 _LOG = logging.getLogger(__name__)
-_REPORT_TIMEOUT_S = 0.5
-_MAX_KNOWN = 64
+_CONTROL_TIMEOUT_S = 1.0
+_WARM_TIMEOUT_S = 2.0
+_MAX_WARM = 64
+_MAX_THREADS = 64
+_CLOSE_S = 1.0
+_FLIGHT_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+"""Quick to reconnect, straight to the address whatever proxy is set, and a new client means a new connection."""
+PING = "ping"
+"""The Flight action that a data worker answers at once, whatever else it does."""
 _ERRORS_BY_KIND: dict[str, type[DataError]] = {
     "ShardCorruptError": ShardCorruptError,
     "CursorMismatchError": CursorMismatchError,
@@ -51,6 +64,50 @@ def _named_error(error: Any) -> tuple[str | None, str]:
         return None, str(error)
 
 
+class _Threads:
+    """Daemon threads for calls that block, made as they are needed, at most `limit`.
+
+    A worker that is stopped holds a thread until its call's deadline; the others go on.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = 0
+        self._closed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run a job in some thread; nothing happens once closed. Jobs do not raise."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._idle > 0:
+                self._idle -= 1
+            elif len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._run, name=f"data-read-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._jobs.put(job)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            with self._lock:
+                self._idle += 1
+
+    def close(self, timeout_s: float) -> None:
+        """End the threads; one that is in a call ends behind it."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for _ in threads:
+            self._jobs.put(None)
+        for thread in threads:
+            thread.join(timeout_s / len(threads))
+
+
 class Connections:
     """To the control planes and to any number of workers. Thread-safe."""
 
@@ -58,10 +115,13 @@ class Connections:
         self._access = access
         self._channels = [grpc.insecure_channel(address, options=CHANNEL_OPTIONS) for address in access.control]
         self._stubs = [pb_grpc.DataControlStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
-        self._client_id = uuid.uuid4().hex
         self._lock = threading.Lock()
+        self._closed = False
         self._flights: dict[str, Any] = {}
-        self._known: list[str] = []
+        self._threads = _Threads(_MAX_THREADS)
+        self.members = KnownMembers(self._fetch_members, self._report_failure, self._warm)
+        """Who may be asked."""
+        self.members.start()
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
         """One call to the first control plane that answers.
@@ -82,65 +142,97 @@ class Connections:
                 if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise DataError(f"the control plane {address} refused {method}: {code.name}, {details}.") from error
                 reasons.append(f"{address}: {code.name}, {details}")
+            except ValueError as error:  # grpc's word for a channel that was closed meanwhile
+                if not self._closed:
+                    raise
+                raise DataUnavailableError("the connection to the control plane was closed.") from error
         raise DataUnavailableError(
             f"the data service's control plane was asked for {method}, none answers ({'; '.join(reasons)}). "
             "Check that it runs and that this machine reaches it."
         )
 
     def plan_json(self, split: str) -> str:
-        """The plan of a split, as the control plane says it."""
-        return str(self.call("GetPlan", pb.GetPlanRequest(split=split), self._access.read_stall_s).plan_json)
-
-    def addresses(self, ticket: Ticket, exclude: set[str], timeout_s: float) -> list[str]:
-        """Workers to try, best first, from the control plane, or those known from before while it does not answer."""
-        request = pb.RouteRequest(
-            split=ticket.plan.split,
-            first_batch=ticket.first,
-            last_batch=ticket.last,
-            exclude=sorted(exclude),
-            client_id=self._client_id,
+        """The plan of a split for the order that this client was given, as the control plane says it."""
+        access = self._access
+        request = pb.GetPlanRequest(
+            split=split, order_json=access.order.to_json(), dataset_digest=access.dataset_digest
         )
-        try:
-            found = list(self.call("Route", request, timeout_s).addresses)
-        except DataUnavailableError as error:
-            with self._lock:
-                known = [address for address in self._known if address not in exclude]
-            _LOG.warning("%s Going on with the %d workers known from before.", error, len(known))
-            return known
-        with self._lock:
-            self._known = (found + [address for address in self._known if address not in found])[:_MAX_KNOWN]
-        return found
+        return str(self.call("GetPlan", request, access.read_stall_s).plan_json)
 
-    def report_failure(self, address: str, reason: str) -> None:
-        """Tell the control plane that a worker failed, and forget the connection to it."""
+    def _fetch_members(self) -> MembersAnswer:
+        answer = self.call("Members", pb.MembersRequest(), _CONTROL_TIMEOUT_S)
+        members = tuple(Member(one.worker_id, one.address, one.alive) for one in answer.members)
+        return MembersAnswer(members, answer.settled)
+
+    def _report_failure(self, worker_id: str, reason: str) -> None:
+        self.call(
+            "ReportFailure", pb.ReportFailureRequest(worker_id=worker_id, reason=reason[:500]), _CONTROL_TIMEOUT_S
+        )
+
+    def _warm(self, members: Sequence[Member]) -> None:
+        """Connect to new members before the first read needs them."""
+        for member in [one for one in members if one.alive][:_MAX_WARM]:
+            self.background(lambda address=member.address: self.ping(address, _WARM_TIMEOUT_S))  # type: ignore[misc]
+
+    def background(self, job: Callable[[], object]) -> None:
+        """Run a job that blocks, and does not raise, in a thread of its own."""
+        self._threads.submit(lambda: (job(), None)[1])
+
+    def ping(self, address: str, timeout_s: float) -> bool:
+        """Whether a worker's process answers at all."""
+        try:
+            for _ in self._flight(address).do_action(flight.Action(PING, b""), self._options(timeout_s)):
+                pass
+        except (flight.FlightTimedOutError, flight.FlightUnavailableError, flight.FlightCancelledError, OSError):
+            return False
+        except (flight.FlightError, pa.ArrowException):
+            return True
+        return True
+
+    def forget(self, address: str) -> None:
+        """Connect anew the next time that a worker is asked."""
         with self._lock:
             self._flights.pop(address, None)
-        try:
-            report = pb.ReportFailureRequest(address=address, reason=reason[:500])
-            self.call("ReportFailure", report, _REPORT_TIMEOUT_S)
-        except DataUnavailableError as error:
-            _LOG.warning("data worker %s failed and could not be reported: %s", address, error)
 
-    def read(self, address: str, ticket: Ticket, timeout_s: float) -> list[Any]:
-        """All record batches of a ticket, from one worker.
-
-        Raises:
-            WorkerFailedError: when it does not answer in time or went away.
-            ShardCorruptError: when it cannot read a shard.
-            DataError: when it refused the token or the ticket.
-        """
+    def _flight(self, address: str) -> Any:
         with self._lock:
             connection = self._flights.get(address)
             if connection is None:
                 connection = self._flights[address] = flight.FlightClient(
-                    f"grpc://{address}", generic_options=[("grpc.enable_http_proxy", 0)]
+                    f"grpc://{address}", generic_options=_FLIGHT_OPTIONS
                 )
-        options = flight.FlightCallOptions(
+        return connection
+
+    def _options(self, timeout_s: float) -> Any:
+        return flight.FlightCallOptions(
             timeout=timeout_s, headers=[(b"authorization", f"Bearer {self._access.token}".encode())]
         )
+
+    def read(
+        self, address: str, ticket: bytes, timeout_s: float, unwanted: Callable[[], bool] = lambda: False
+    ) -> list[Any]:
+        """All record batches of a ticket, from one worker.
+
+        Args:
+            address: `host:port` of the worker.
+            ticket: as it travels.
+            timeout_s: deadline of the whole call.
+            unwanted: asked now and then; when true, the rest is cancelled.
+
+        Raises:
+            WorkerFailedError: when it does not answer in time or went away, or the answer became unwanted.
+            ShardCorruptError: when it cannot read a shard.
+            DataError: when it refused the token or the ticket.
+        """
         try:
-            reader = connection.do_get(flight.Ticket(ticket.to_bytes()), options)
-            return [chunk.data for chunk in reader]
+            reader = self._flight(address).do_get(flight.Ticket(ticket), self._options(timeout_s))
+            batches = []
+            for chunk in reader:
+                batches.append(chunk.data)
+                if unwanted():
+                    reader.cancel()
+                    raise WorkerFailedError("another worker was faster")
+            return batches
         except flight.FlightUnauthenticatedError as error:
             raise DataError(f"data worker {address} refused the token: UNAUTHENTICATED.") from error
         except flight.FlightError as error:
@@ -156,9 +248,13 @@ class Connections:
             raise WorkerFailedError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
     def close(self) -> None:
-        """Close every connection; calls in flight fail."""
+        """Close every connection; calls in flight fail or end by their deadline."""
+        self._closed = True
+        self.members.close()
         for channel in self._channels:
             channel.close()
+        self._threads.close(_CLOSE_S)
+        self.members.join(_CLOSE_S)
         with self._lock:
             flights, self._flights = list(self._flights.values()), {}
         for connection in flights:

@@ -1,145 +1,238 @@
 """What arrived, checked against the plan and put in its slots.
 
-Owns verification: batch, slot and row ids, counts of valid labels, and checksums that this side computes itself.
+    rows of a range of batches ─ Wanted ─┐
+    record batches of one worker ────────┴ check_answer ─▶ checked messages ─ RangeArrays.place ─▶ BatchSlice per batch
+
+Owns verification: batch, slot and row ids, lengths, document starts and checksums that this side computes itself.
 Refuses to place a row that is not the plan's. No network here.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
-from data_service.order import rows_of_batch
 from data_service.plan import Plan
-from data_service.rows import valid_tokens_of
-from data_service.schema import NO_ROW, BatchSlice, wire_schema
-from data_service.ticket import Ticket
+from data_service.schema import NO_LABEL, NO_ROW, BatchSlice, wire_schema
 
-__all__ = ["SliceArrays", "place_rows"]
+__all__ = ["CheckedMessage", "RangeArrays", "Wanted", "check_answer"]
 
 
 @dataclass(frozen=True)
-class SliceArrays:
-    """A batch slice being filled; shapes and meaning as in BatchSlice."""
+class Wanted:
+    """The rows that one ticket asks for, n of them, in the order in which they are to come."""
 
-    tokens: npt.NDArray[np.int32]
-    doc_starts: npt.NDArray[np.bool_]
+    batch: npt.NDArray[np.uint64]
+    """[n], step index."""
+    slot: npt.NDArray[np.uint32]
+    """[n]"""
     row_id: npt.NDArray[np.uint64]
-    valid_tokens: npt.NDArray[np.uint32]
+    """[n]"""
+    place: npt.NDArray[np.int64]
+    """[n]: row of `RangeArrays` to put it in."""
+
+    def at(self, number: int) -> str:
+        """Where a row belongs, for messages."""
+        return f"global batch {self.batch[number]}, slot {self.slot[number]}"
+
+
+@dataclass(frozen=True)
+class CheckedMessage:
+    """A record batch whose rows are the plan's, as arrays over its memory; n rows."""
+
+    place: npt.NDArray[np.int64]
+    row_id: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.unsignedinteger]
+    """[n, T+1]"""
+    length: npt.NDArray[np.uint32]
+    starts: npt.NDArray[np.uint32]
+    """[S]: places of document starts, row after row."""
+    start_counts: npt.NDArray[np.int32]
+    """[n]: how many of them each row has."""
+    answer_bits: npt.NDArray[np.uint8] | None
+    labels: npt.NDArray[np.int32] | None
     row_crc: npt.NDArray[np.uint32]
 
-    @classmethod
-    def masked(cls, num_slots: int, width: int) -> "SliceArrays":
-        """All slots masked, rows of `width` tokens."""
-        return cls(
-            tokens=np.zeros((num_slots, width), dtype=np.int32),
-            doc_starts=np.zeros((num_slots, width), dtype=np.bool_),
-            row_id=np.full(num_slots, NO_ROW, dtype=np.uint64),
-            valid_tokens=np.zeros(num_slots, dtype=np.uint32),
-            row_crc=np.zeros(num_slots, dtype=np.uint32),
-        )
 
-    def to_slice(self, index: int, slots: tuple[int, int]) -> BatchSlice:
-        """The slice, once it is filled."""
-        return BatchSlice(
-            index=index,
-            slots=slots,
-            tokens=self.tokens,
-            doc_starts=self.doc_starts,
-            row_id=self.row_id,
-            valid_tokens=self.valid_tokens,
-            row_crc=self.row_crc,
-        )
-
-
-def _check_ids(
-    address: str, batch: pa.RecordBatch, wanted: Sequence[npt.NDArray[np.unsignedinteger]]
-) -> npt.NDArray[np.uint64]:
-    """The row ids of a message, which must be the wanted global batches, slots and row ids."""
-    row_id: npt.NDArray[np.uint64] = batch.column(2).to_numpy()
-    if batch.num_rows > wanted[0].size:
-        raise DeliveryError(
-            f"data worker {address}: {batch.num_rows} rows were delivered where the plan has {wanted[0].size}. "
-            "The worker runs another version or is broken: stop it."
-        )
-    wrong = np.zeros(batch.num_rows, dtype=np.bool_)
-    for number, values in enumerate(wanted):
-        wrong |= batch.column(number).to_numpy() != values
-    if wrong.any():
-        at = int(np.argmax(wrong))
-        raise DeliveryError(
-            f"{_where(address, wanted, at)}: row {row_id[at]} was delivered where the plan has {wanted[2][at]}, "
-            f"{int(wrong.sum())} such rows in this answer. The worker runs another version or is broken: stop it."
-        )
-    return row_id
-
-
-def _where(address: str, wanted: Sequence[npt.NDArray[np.unsignedinteger]], at: int) -> str:
-    return f"data worker {address}, global batch {wanted[0][at]}, slot {wanted[1][at]}"
-
-
-def place_rows(
-    arrays: Sequence[SliceArrays], slots: tuple[int, int], ticket: Ticket, address: str, answer: Sequence[Any]
-) -> None:
-    """Check an answer and copy its rows into place.
+def check_answer(plan: Plan, wanted: Wanted, address: str, answer: Sequence[Any]) -> list[CheckedMessage]:
+    """Check the answer to a ticket.
 
     Args:
-        arrays: one per global batch of the ticket.
-        slots: the slots that `arrays` cover; those of the ticket lie among them.
-        ticket: what was asked for.
+        plan: of the ticket.
+        wanted: the rows that it asks for.
         address: who answered, for messages.
         answer: its record batches.
 
     Raises:
         DeliveryError: naming worker, batches and rows, when anything differs from the plan.
     """
-    plan: Plan = ticket.plan
-    first, last = ticket.slots
-    rows = [rows_of_batch(plan, number, first, last) for number in range(ticket.first, ticket.last)]
-    counts = [ids.size for ids in rows]
-    wanted_ids = np.concatenate(rows)
-    wanted_batch = np.repeat(np.arange(ticket.first, ticket.last, dtype=np.uint64), counts)
-    wanted_slot = np.concatenate([np.arange(first, first + count, dtype=np.uint32) for count in counts])
-    where = f"data worker {address}, global batches {ticket.first} to {ticket.last - 1}, slots {first} to {last - 1}"
-    width = plan.seq_len + 1
-    schemas = [wire_schema(plan.seq_len, np.dtype(kind)) for kind in (np.uint16, np.uint32)]
-    place = 0
+    schemas = [wire_schema(plan, np.dtype(kind)) for kind in (np.uint16, np.uint32)]
+    checked: list[CheckedMessage] = []
+    begin = 0
     for batch in answer:
         if not any(batch.schema.equals(schema, check_metadata=True) for schema in schemas):
-            raise DeliveryError(f"{where}: the answer has another schema, {batch.schema.names}. Use one version.")
-        part = slice(place, place + batch.num_rows)
-        wanted = (wanted_batch[part], wanted_slot[part], wanted_ids[part])
-        row_id = _check_ids(address, batch, wanted)
-        tokens = batch.column(5).flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, width)
-        valid = batch.column(3).to_numpy()
-        crcs = row_crcs(tokens, valid)
-        bad = (crcs != batch.column(4).to_numpy()) | (valid != valid_tokens_of(plan, row_id))
-        if bad.any():
             raise DeliveryError(
-                f"{_where(address, wanted, int(np.argmax(bad)))}: rows {row_id[bad][:8].tolist()} arrived with other "
-                "tokens than their checksums say. The worker, or the network between, damages data: replace it."
+                f"data worker {address}: the answer has another schema, {batch.schema.names}. Use one version."
             )
-        packed = np.frombuffer(batch.column(6).buffers()[1], dtype=np.uint8).reshape(-1, -(-width // 8))
-        packed = packed[batch.column(6).offset :][: batch.num_rows]
-        starts = np.unpackbits(packed, axis=1, count=width, bitorder="little").view(np.bool_)
-        # Rows come batch by batch with their slots in order, so each batch's share is one run on both sides.
-        cuts = np.flatnonzero(np.diff(wanted_batch[part])) + 1
-        for begin, end in itertools.pairwise([0, *cuts.tolist(), batch.num_rows]):
-            if begin == end:
-                continue
-            target = arrays[int(wanted_batch[part][begin]) - ticket.first]
-            into = slice(int(wanted_slot[part][begin]) - slots[0], int(wanted_slot[part][end - 1]) - slots[0] + 1)
-            target.tokens[into] = tokens[begin:end]
-            target.doc_starts[into] = starts[begin:end]
-            target.row_id[into] = row_id[begin:end]
-            target.valid_tokens[into] = valid[begin:end]
-            target.row_crc[into] = crcs[begin:end]
-        place += batch.num_rows
-    if place != wanted_ids.size:
-        raise DeliveryError(f"{where}: {place} rows were delivered where the plan has {wanted_ids.size}.")
+        end = begin + batch.num_rows
+        if end > wanted.row_id.size:
+            break
+        if batch.num_rows:
+            rows = slice(begin, end)
+            part = Wanted(wanted.batch[rows], wanted.slot[rows], wanted.row_id[rows], wanted.place[rows])
+            checked.append(_check_message(plan, part, address, batch))
+        begin = end
+    if begin != wanted.row_id.size:
+        raise DeliveryError(
+            f"data worker {address}: {sum(batch.num_rows for batch in answer)} rows were delivered from "
+            f"{wanted.at(0)} on, where the plan has {wanted.row_id.size}. The worker runs another version or is "
+            "broken: stop it."
+        )
+    return checked
+
+
+def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> CheckedMessage:
+    width = plan.seq_len + 1
+    row_id = _values(batch.column(2), np.uint64)
+    wrong = _values(batch.column(0), np.uint64) != wanted.batch
+    wrong |= _values(batch.column(1), np.uint32) != wanted.slot
+    wrong |= row_id != wanted.row_id
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        raise DeliveryError(
+            f"data worker {address}, {wanted.at(at)}: row {row_id[at]} was delivered where the plan has "
+            f"{wanted.row_id[at]}, {int(wrong.sum())} such rows in this answer. The worker runs another version or is "
+            "broken: stop it."
+        )
+    tokens_column, starts_column = batch.column(5), batch.column(6)
+    tokens = tokens_column.flatten().to_numpy(zero_copy_only=True).reshape(batch.num_rows, width)
+    length = _values(batch.column(3), np.uint32)
+    offsets = np.frombuffer(starts_column.buffers()[1], np.int32)[starts_column.offset :][: batch.num_rows + 1]
+    counts = np.diff(offsets)
+    places = starts_column.values
+    rest = list(range(7, batch.num_columns))
+    bits = _bits(batch.column(rest.pop(0))) if plan.loss_masks else None
+    labels = _values(batch.column(rest.pop(0)), np.int32) if plan.num_labels else None
+    if (
+        tokens_column.null_count
+        or starts_column.null_count
+        or counts.min(initial=0) < 0
+        or offsets[0] < 0
+        or offsets[-1] > len(places)
+    ):
+        raise DeliveryError(
+            f"data worker {address}, {wanted.at(0)}: the answer holds no tokens or no document starts for some rows. "
+            "The worker runs another version or is broken: stop it."
+        )
+    starts = _values(places, np.uint32)[offsets[0] : offsets[-1]]
+    crcs = row_crcs(tokens, length, starts, offsets - offsets[0], bits, labels)
+    bad = (crcs != _values(batch.column(4), np.uint32)) | (length < 1) | (length > width)
+    bad[np.repeat(np.arange(batch.num_rows), counts)[starts >= width]] = True
+    if bad.any():
+        raise DeliveryError(
+            f"data worker {address}, {wanted.at(int(np.argmax(bad)))}: rows {row_id[bad][:8].tolist()} arrived with "
+            "other tokens than their checksums say. The worker, or the network between, damages data: replace it."
+        )
+    return CheckedMessage(wanted.place, row_id, tokens, length, starts, counts, bits, labels, crcs)
+
+
+def _values(column: Any, dtype: type[Any]) -> npt.NDArray[Any]:
+    """The values of a column without nulls, over its memory (`to_numpy` checks more, and costs more)."""
+    data = column.buffers()[1]
+    if data is None:
+        return np.empty(0, dtype)
+    return np.frombuffer(data, dtype)[column.offset :][: len(column)]
+
+
+def _bits(column: Any) -> npt.NDArray[np.uint8]:
+    """A fixed-size binary column as uint8 [n, bytes]."""
+    rows = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, column.type.byte_width)
+    return rows[column.offset :][: len(column)]
+
+
+class RangeArrays:
+    """Slots [slots[0], slots[1]) of the global batches [first, last), being filled; shapes as in BatchSlice."""
+
+    def __init__(self, plan: Plan, first: int, last: int, slots: tuple[int, int]) -> None:
+        self._plan = plan
+        self._first = first
+        self._slots = slots
+        self._num_slots = slots[1] - slots[0]
+        count = (last - first) * self._num_slots
+        self._tokens: npt.NDArray[np.unsignedinteger] | None = None
+        self._length = np.zeros(count, dtype=np.uint32)
+        self._row_id = np.full(count, NO_ROW, dtype=np.uint64)
+        self._row_crc = np.zeros(count, dtype=np.uint32)
+        self._bits = np.zeros((count, -(-plan.seq_len // 8)), dtype=np.uint8) if plan.loss_masks else None
+        self._labels = np.full(count, NO_LABEL, dtype=np.int32) if plan.num_labels else None
+        self._start_rows: list[npt.NDArray[np.int64]] = []
+        self._start_places: list[npt.NDArray[np.uint32]] = []
+
+    def places(self, batch: npt.NDArray[np.uint64], slot: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Where rows belong: int64 [n], for `Wanted.place`."""
+        return (batch.astype(np.int64) - self._first) * self._num_slots + (slot.astype(np.int64) - self._slots[0])
+
+    def place(self, messages: Sequence[CheckedMessage]) -> None:
+        """Copy checked rows into place.
+
+        Raises:
+            DeliveryError: when their dtype differs from that of rows before.
+        """
+        for message in messages:
+            if self._tokens is None:
+                self._tokens = np.zeros((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
+            if self._tokens.dtype != message.tokens.dtype:
+                raise DeliveryError(
+                    f"tokens came as {message.tokens.dtype} and as {self._tokens.dtype} from workers of one dataset. "
+                    "One of them runs another version or is broken: stop it."
+                )
+            into: slice | npt.NDArray[np.int64] = message.place
+            if message.place[-1] - message.place[0] + 1 == message.place.size:
+                into = slice(int(message.place[0]), int(message.place[-1]) + 1)
+            self._tokens[into] = message.tokens
+            self._length[into] = message.length
+            self._row_id[into] = message.row_id
+            self._row_crc[into] = message.row_crc
+            if self._bits is not None and message.answer_bits is not None:
+                self._bits[into] = message.answer_bits
+            if self._labels is not None and message.labels is not None:
+                self._labels[into] = message.labels
+            self._start_rows.append(np.repeat(message.place, message.start_counts))
+            self._start_places.append(message.starts)
+
+    def slices(self) -> list[BatchSlice]:
+        """A slice for each batch, over this memory."""
+        plan, count = self._plan, self._num_slots
+        tokens = self._tokens
+        if tokens is None:
+            tokens = np.zeros((self._length.size, plan.seq_len + 1), np.uint16)
+        rows = np.concatenate([np.empty(0, np.int64), *self._start_rows])
+        places = np.concatenate([np.empty(0, np.uint32), *self._start_places])
+        if len(self._start_rows) > 1:
+            order = np.argsort(rows, kind="stable")
+            rows, places = rows[order], places[order]
+        cuts = np.searchsorted(rows, np.arange(0, self._length.size + 1, count))
+        found = []
+        for number in range(self._length.size // count):
+            part = slice(number * count, (number + 1) * count)
+            begins = slice(int(cuts[number]), int(cuts[number + 1]))
+            found.append(
+                BatchSlice(
+                    index=self._first + number,
+                    slots=self._slots,
+                    tokens=tokens[part],
+                    length=self._length[part],
+                    start_rows=(rows[begins] - number * count).astype(np.uint32),
+                    start_places=places[begins],
+                    isolate_documents=plan.isolate_documents,
+                    answer_bits=None if self._bits is None else self._bits[part],
+                    labels=None if self._labels is None else self._labels[part],
+                    row_id=self._row_id[part],
+                    row_crc=self._row_crc[part],
+                )
+            )
+        return found

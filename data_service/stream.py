@@ -1,31 +1,66 @@
-"""One stream of batch slices: prefetch within credits, failover between workers, and giving up in time.
+"""One stream of batch slices, read ahead within credits from all owners of its shards at the same time.
 
-A thread keeps at most `run_ahead` global batches ready. It asks for little at a time, each request under a deadline; a
-worker that fails or stalls is reported and the request goes to another, and since order is a function, it is the same
-request. Nothing is asked for that the consumer has not made room for.
+    credits ─▶ ranges of batches ─ order, owners ─▶ one ticket per owner ─ reads ─▶ checked rows ─▶ slices in order
 
-Owns the thread, its buffer and the choice of worker. What arrives is checked in `delivery`.
+A thread keeps at most `run_ahead` global batches asked for or ready, several ranges of them at once. Each range's rows
+are computed once; nothing is asked for that the consumer has not made room for. What becomes of one ticket is decided
+in `reads`, what arrives is checked in `delivery`.
+
+Owns the thread, its buffer and the cutting into ranges and tickets.
 """
 
-import logging
 import queue
 import threading
 import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
 
 from data_service.access import DataAccess
-from data_service.connections import Connections, WorkerFailedError
-from data_service.delivery import SliceArrays, place_rows
-from data_service.errors import DataStalledError, ShardCorruptError
+from data_service.connections import Connections
+from data_service.delivery import RangeArrays, Wanted, check_answer
+from data_service.errors import DataStalledError, DataUnavailableError, ShardCorruptError
+from data_service.order import rows_of_batches, shards_of
+from data_service.ownership import owners
 from data_service.plan import Plan
+from data_service.reads import Attempt, TicketRead, stalled_error
 from data_service.schema import BatchSlice
-from data_service.ticket import Ticket
+from data_service.ticket import (
+    MAX_TICKET_BATCHES,
+    MAX_TICKET_MEMBERS,
+    MAX_TICKET_ROWS,
+    MAX_TICKET_TOKENS,
+    Ticket,
+)
 
 __all__ = ["Stream"]
 
-_LOG = logging.getLogger(__name__)
-_TICKET_BYTES = 2 << 20
-_SLOWEST_BYTES_PER_S = 2 << 20
+_OWNER_TOKENS = 1 << 20
+"""Tokens that a range asks of one owner: two messages of 1 MiB."""
+_RANGES_AHEAD = 4
+_MAX_READS = 32
 _PAUSE_S = 0.1
+_LONGEST_WAIT_S = 1.0
+
+
+@dataclass(eq=False)
+class _Range:
+    """Consecutive global batches on their way."""
+
+    first: int
+    last: int
+    arrays: RangeArrays
+    missing: int
+    """Pieces and tickets that are not in place yet."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Slots of a range that are asked for together."""
+
+    range: _Range
+    slots: tuple[int, int]
 
 
 class Stream:
@@ -43,15 +78,23 @@ class Stream:
         self._connections = connections
         self._access = access
         self._plan = plan
-        self._range = (start, stop)
+        self._next = start
+        self._stop = stop
         self._slots = slots
         self._end_slot = min(slots[1], plan.global_batch)
-        self._row_bytes = (plan.seq_len + 1) * 4
         self._ready: queue.SimpleQueue[BatchSlice | BaseException] = queue.SimpleQueue()
-        self._credits = threading.Condition()
+        self._events: queue.SimpleQueue[tuple[TicketRead, Attempt, list[object] | bool | Exception] | None] = (
+            queue.SimpleQueue()
+        )
+        self._credits = threading.Lock()
         self._free = access.run_ahead
+        self._starved = False
         self._closing = threading.Event()
-        self._preferred: str | None = None
+        self._ranges: deque[_Range] = deque()
+        self._pieces: deque[_Piece] = deque()
+        self._reads: dict[TicketRead, _Range] = {}
+        self._batches_at_once = 1
+        self._alone_since: float | None = None
         self._thread = threading.Thread(target=self._run, name="data-stream", daemon=True)
 
     def start(self) -> None:
@@ -75,98 +118,160 @@ class Stream:
             raise item
         with self._credits:
             self._free += 1
-            self._credits.notify()
+            starved, self._starved = self._starved, False
+        if starved:
+            self._events.put(None)
         return item
 
     def close(self) -> None:
-        """Let the thread end; it does so at its next step, within one request's deadline."""
+        """Let the thread end; it does so at its next step."""
         self._closing.set()
-        with self._credits:
-            self._credits.notify()
+        self._events.put(None)
 
     def _run(self) -> None:
         try:
-            done, stop = self._range
-            while done < stop:
-                count = self._take_credits(stop - done)
-                if self._closing.is_set():
-                    return
-                arrays = [
-                    SliceArrays.masked(self._slots[1] - self._slots[0], self._plan.seq_len + 1) for _ in range(count)
-                ]
-                for ticket in self._tickets(done, done + count):
-                    self._fill(arrays, ticket)
-                if self._closing.is_set():
-                    return
-                for number, one in enumerate(arrays):
-                    self._ready.put(one.to_slice(done + number, self._slots))
-                done += count
+            while not self._closing.is_set() and (self._next < self._stop or self._ranges):
+                wait_s = self._advance(time.monotonic())
+                self._take_events(wait_s)
+                while self._ranges and not self._ranges[0].missing:
+                    for one in self._ranges.popleft().arrays.slices():
+                        self._ready.put(one)
         except BaseException as error:  # handed to the consumer, who raises it
             if not self._closing.is_set():
                 self._ready.put(error)
+        finally:
+            for read in self._reads:
+                read.cancel()
 
-    def _take_credits(self, left: int) -> int:
-        """How many batches to read next: what a ticket holds, at most half of the run-ahead; waits until it is free."""
-        slots = max(1, self._end_slot - self._slots[0])
-        wanted = min(max(1, _TICKET_BYTES // (slots * self._row_bytes)), max(1, self._access.run_ahead // 2), left)
+    def _advance(self, now: float) -> float:
+        """Ask for all that there is room for; returns how long nothing else is due, in seconds."""
+        while self._open_range():
+            continue
+        while self._pieces and len(self._reads) < _MAX_READS:
+            if not self._ask_for(self._pieces[0], now):
+                return _PAUSE_S
+            self._pieces.popleft()
+        if self._ranges and not self._ranges[0].missing:
+            return 0.0
+        due = now + _LONGEST_WAIT_S
+        for read in self._reads:
+            due = min(due, read.watch(now))
+        return max(0.0, due - now)
+
+    def _open_range(self) -> bool:
+        """Take credits for the next range; False when there is none left, or no room."""
+        if self._next >= self._stop:
+            return False
+        tokens = max(1, self._end_slot - self._slots[0]) * (self._plan.seq_len + 1)
+        wanted = _OWNER_TOKENS * max(1, len(self._connections.members.trusted())) // tokens
+        most = min(MAX_TICKET_BATCHES, max(1, self._access.run_ahead // _RANGES_AHEAD), self._batches_at_once)
+        count = min(max(1, wanted), most, self._stop - self._next)
         with self._credits:
-            self._credits.wait_for(lambda: self._free >= wanted or self._closing.is_set())
-            self._free -= wanted
-        return wanted
+            if self._free < count:
+                self._starved = True
+                return False
+            self._free -= count
+        # The first batch is to come soon, so a stream begins with a short range.
+        self._batches_at_once *= 2
+        first, last = self._next, self._next + count
+        self._next = last
+        rows = min(MAX_TICKET_ROWS, MAX_TICKET_TOKENS // (self._plan.seq_len + 1)) // count
+        begins = range(self._slots[0], self._end_slot, max(1, rows))
+        opened = _Range(first, last, RangeArrays(self._plan, first, last, self._slots), len(begins))
+        self._pieces.extend(_Piece(opened, (one, min(one + rows, self._end_slot))) for one in begins)
+        self._ranges.append(opened)
+        return True
 
-    def _tickets(self, first: int, last: int) -> list[Ticket]:
-        """The requests that cover these batches; none where every slot is masked."""
-        per_ticket = max(1, _TICKET_BYTES // (self._row_bytes * (last - first)))
-        return [
-            Ticket(self._plan, first, last, (begin, min(self._end_slot, begin + per_ticket)))
-            for begin in range(self._slots[0], self._end_slot, per_ticket)
-        ]
+    def _ask_for(self, piece: _Piece, now: float) -> bool:
+        """Cut a piece into one ticket per owner of its shards; False while no worker is known.
 
-    def _fill(self, arrays: list[SliceArrays], ticket: Ticket) -> None:
-        """Read a ticket, asking as many workers as it takes, and put its rows in place."""
-        deadline = time.monotonic() + self._access.stalled_s
-        rows = (ticket.last - ticket.first) * (ticket.slots[1] - ticket.slots[0])
-        patience_s = self._access.read_stall_s + rows * self._row_bytes / _SLOWEST_BYTES_PER_S
-        failed: set[str] = set()
-        corrupt: dict[str, ShardCorruptError] = {}
-        last_failure = "no data worker is registered"
-        while not self._closing.is_set():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                raise DataStalledError(
-                    f"global batches {ticket.first} to {ticket.last - 1} of the {self._plan.split} split were asked "
-                    f"for, no data worker delivered them within {self._access.stalled_s} s (data.service.stalled_s). "
-                    f"The last failure: {last_failure}. Check the data workers, or raise the limit."
-                )
-            address = self._choose(ticket, failed | set(corrupt), min(left_s, self._access.read_stall_s))
-            if address is None:
-                if corrupt and not failed:
-                    raise next(iter(corrupt.values()))
-                failed.clear()
-                self._closing.wait(min(_PAUSE_S, left_s))
-                continue
+        Raises:
+            DataStalledError: when none became known for `stalled_s`.
+        """
+        plan, into = self._plan, piece.range
+        members = self._connections.members.trusted()[:MAX_TICKET_MEMBERS]
+        if not members:
+            self._alone_since = now if self._alone_since is None else self._alone_since
+            if now - self._alone_since >= self._access.stalled_s:
+                silence = self._connections.members.silence
+                reason = "no data worker is registered" + ("" if silence is None else f"; {silence}")
+                raise stalled_error(Ticket(plan, into.first, into.last, piece.slots, (), 0), self._access, reason)
+            return False
+        self._alone_since = None
+        rows = rows_of_batches(plan, into.first, into.last, slots=piece.slots)
+        place = into.arrays.places(rows.batch, rows.slot)
+        everything = Wanted(rows.batch, rows.slot, rows.row_id, place)
+        into.missing -= 1
+        if len(members) == 1:
+            if rows.row_id.size:
+                self._read(into, Ticket(plan, into.first, into.last, piece.slots, (), 0), everything, now)
+            return True
+        names = tuple(one.worker_id for one in members)
+        owner = owners(plan, names, *shards_of(plan, rows.row_id))
+        for number in np.flatnonzero(np.bincount(owner, minlength=len(names))).tolist():
+            mine = np.flatnonzero(owner == number)
+            wanted = Wanted(rows.batch[mine], rows.slot[mine], rows.row_id[mine], place[mine])
+            self._read(into, Ticket(plan, into.first, into.last, piece.slots, names, number), wanted, now)
+        return True
+
+    def _read(self, into: _Range, ticket: Ticket, wanted: Wanted, now: float) -> None:
+        read = TicketRead(ticket, wanted, self._access, self._connections.members, self._ask, self._ping, now)
+        self._reads[read] = into
+        into.missing += 1
+
+    def _ask(self, read: TicketRead, attempt: Attempt) -> None:
+        """Begin an attempt in a thread of the connections."""
+
+        def job() -> None:
+            member = attempt.member
             try:
-                timeout_s = max(0.001, min(patience_s, deadline - time.monotonic()))
-                place_rows(arrays, self._slots, ticket, address, self._connections.read(address, ticket, timeout_s))
-                self._preferred = address
-                return
-            except WorkerFailedError as error:
-                last_failure = f"{address}: {error}"
-                failed.add(address)
-                self._give_up(address, error, ticket)
-            except ShardCorruptError as error:
-                corrupt[address] = error
-                self._give_up(address, error, ticket)
+                if attempt.over:
+                    return
+                answer: list[object] | Exception = self._connections.read(
+                    member.address, read.payload, attempt.timeout_s, lambda: attempt.over
+                )
+                self._connections.members.served(member.worker_id)
+            except Exception as error:  # told to the stream's thread, which decides
+                answer = error
+            self._events.put((read, attempt, answer))
 
-    def _choose(self, ticket: Ticket, exclude: set[str], timeout_s: float) -> str | None:
-        """The worker to ask: the one that served last, else the control plane's first choice."""
-        if self._preferred is not None and self._preferred not in exclude:
-            return self._preferred
-        return next(iter(self._connections.addresses(ticket, exclude, timeout_s)), None)
+        self._connections.background(job)
 
-    def _give_up(self, address: str, error: Exception, ticket: Ticket) -> None:
-        if self._closing.is_set():
+    def _ping(self, read: TicketRead, attempt: Attempt) -> None:
+        """Ask whether an attempt's process answers, in a thread of the connections."""
+
+        def job() -> None:
+            found = self._connections.ping(attempt.member.address, self._access.hedge_s / 2)
+            self._events.put((read, attempt, found))
+
+        self._connections.background(job)
+
+    def _take_events(self, wait_s: float) -> None:
+        """Take what happened since, waiting for the first event."""
+        try:
+            event = self._events.get(timeout=wait_s) if wait_s > 0 else self._events.get_nowait()
+            while True:
+                if event is not None:
+                    self._take(*event)
+                event = self._events.get_nowait()
+        except queue.Empty:
             return
-        _LOG.warning("data worker %s failed at global batch %d: %s", address, ticket.first, error)
-        self._preferred = None
-        self._connections.report_failure(address, str(error))
+
+    def _take(self, read: TicketRead, attempt: Attempt, what: list[object] | bool | Exception) -> None:
+        if read.done:
+            return
+        if isinstance(what, bool):
+            if what and not attempt.over:
+                read.alive(attempt, time.monotonic())
+        elif isinstance(what, (DataUnavailableError, ShardCorruptError)):
+            if isinstance(what, DataUnavailableError):
+                self._connections.forget(attempt.member.address)
+            read.failed(attempt, what)
+        elif isinstance(what, Exception):
+            raise what
+        else:
+            into = self._reads[read]
+            into.arrays.place(check_answer(self._plan, read.wanted, attempt.member.address, what))
+            read.finish(attempt)
+            into.missing -= 1
+            del self._reads[read]
