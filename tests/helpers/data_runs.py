@@ -16,8 +16,10 @@ from data_service.client import BatchSlice, DataClient
 from data_service.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig, TokenizerTrainConfig
 from data_service.control import ControlServer
 from data_service.hashing import sample_hash
+from data_service.manifest import read_manifest
+from data_service.plan import OrderSpec
 from data_service.rows import ShardRows
-from data_service.server import DataWorker, ShardRowsFactory
+from data_service.server import DataWorker, RowSourceFactory
 
 TOKEN = "a-token-for-tests"
 GLOBAL_BATCH = 8
@@ -59,23 +61,46 @@ def small_config(*paths: Path, seq_len: int = 32, eval_share: float = 0.1, shard
     )
 
 
+def small_order(seq_len: int = 32, global_batch: int = GLOBAL_BATCH) -> OrderSpec:
+    """The order that tests ask for where nothing else matters."""
+    return OrderSpec(seed=SEED, seq_len=seq_len, global_batch=global_batch, window_shards=3)
+
+
+def order_of(config: DataConfig) -> OrderSpec:
+    """The order that a `data` section asks for."""
+    return OrderSpec.from_config(config, seed=SEED, global_batch=GLOBAL_BATCH)
+
+
 @dataclass(frozen=True)
 class Service:
     """A running control plane with workers in this process."""
 
     control: str
     workers: tuple[str, ...]
+    digest: str
+    """Of the dataset."""
+    order: OrderSpec
 
-    def access(self, *, run_ahead: int = 4, read_stall_s: float = 2.0, stalled_s: float = 20.0) -> DataAccess:
-        return DataAccess((self.control,), TOKEN, run_ahead, read_stall_s, stalled_s)
+    def access(
+        self,
+        *,
+        order: OrderSpec | None = None,
+        run_ahead: int = 4,
+        hedge_s: float = 0.3,
+        read_stall_s: float = 2.0,
+        stalled_s: float = 20.0,
+    ) -> DataAccess:
+        return DataAccess(
+            (self.control,), TOKEN, order or self.order, self.digest, run_ahead, hedge_s, read_stall_s, stalled_s
+        )
 
 
 @contextlib.contextmanager
 def running_service(
-    dataset: str, config: DataConfig, sources: Sequence[ShardRowsFactory] = (ShardRows,)
+    dataset: str, order: OrderSpec, sources: Sequence[RowSourceFactory] = (ShardRows,)
 ) -> Iterator[Service]:
     """A control plane and one worker in this process for each row source."""
-    control = ControlServer(dataset, SEED, config, GLOBAL_BATCH, TOKEN)
+    control = ControlServer(dataset, TOKEN)
     workers: list[DataWorker] = []
     try:
         address = control.start()
@@ -84,7 +109,7 @@ def running_service(
             worker = DataWorker(dataset, address, TOKEN, row_source=source)
             addresses.append(worker.start())
             workers.append(worker)
-        yield Service(address, tuple(addresses))
+        yield Service(address, tuple(addresses), read_manifest(dataset).digest, order)
     finally:
         for worker in workers:
             worker.stop()
@@ -94,7 +119,20 @@ def running_service(
 @contextlib.contextmanager
 def worker_process(dataset: str, control: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A data worker in a process of its own, and its address."""
-    command = [sys.executable, "-m", "tests.helpers.data_worker_process", dataset, control, TOKEN]
+    with _process("worker", dataset, control) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def control_process(dataset: str, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A control plane in a process of its own, and its address."""
+    with _process("control", dataset, str(port)) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def _process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "tests.helpers.data_worker_process", *arguments, TOKEN]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -104,7 +142,7 @@ def worker_process(dataset: str, control: str) -> Iterator[tuple[subprocess.Pope
 
 
 def read_hashes(client: DataClient, start: int, stop: int, dp: int) -> list[str]:
-    """The sample hash of each global batch, read in slices as `dp` ranks would."""
+    """The sample hash of each step's global batch, read in slices as `dp` ranks would."""
     per_rank = -(-GLOBAL_BATCH // dp)
     ranks: list[list[BatchSlice]] = [
         list(client.stream("train", start, stop, (rank * per_rank, (rank + 1) * per_rank))) for rank in range(dp)

@@ -1,17 +1,18 @@
-"""A data worker as a process: prints its address, serves until its standard input ends."""
+"""A data worker or a control plane as a process: prints its address, serves until its standard input ends."""
 
 import sys
 
+from data_service.control import ControlServer
 from data_service.server import DataWorker
 
 
 def main() -> None:
-    dataset, control, token = sys.argv[1:]
-    worker = DataWorker(dataset, control, token)
-    sys.stdout.write(worker.start() + "\n")
+    role, dataset, where, token = sys.argv[1:]
+    server = ControlServer(dataset, token, port=int(where)) if role == "control" else DataWorker(dataset, where, token)
+    sys.stdout.write(server.start() + "\n")
     sys.stdout.flush()
     sys.stdin.read()
-    worker.stop()
+    server.stop()
 
 
 if __name__ == "__main__":
