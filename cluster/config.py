@@ -100,9 +100,14 @@ class RunConfig(Section):
         return self.model_dump(mode="json", by_alias=True)
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the run it resumes; the data are compared by the dataset itself."""
+        """What a resumed run must share with the run it resumes.
+
+        Of the data only what holds from the first row to the last. Weights and skipped batches may change behind what
+        was consumed: the newest checkpoint's cursor decides (`cluster.run_data`). Sources and tokenizer are compared by
+        the dataset itself.
+        """
         full = self.resolved()
-        data = {key: full["data"][key] for key in ("seq_len", "shuffle_window_shards")}
+        data = {key: full["data"][key] for key in ("rows", "seq_len", "shuffle_window_shards", "isolate_documents")}
         return {
             "run.seed": full["run"]["seed"],
             **{f"data.{key}": value for key, value in data.items()},
@@ -138,11 +143,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     """Make the paths of the file absolute: they are relative to the file, not to where the command runs."""
     data = tree.get("data")
-    places: list[tuple[Any, str]] = [(tree.get("run"), "storage"), (tree.get("model"), "from"), (data, "dataset")]
+    places: list[tuple[Any, str]] = [
+        (tree.get("run"), "storage"),
+        (tree.get("model"), "from"),
+        (data, "dataset"),
+        (data, "chat_template"),
+    ]
     if isinstance(tree.get("run"), dict):
         tree["run"].setdefault("storage", "./runs")
     if isinstance(data, dict):
         places.append((data.get("tokenizer"), "path"))
+        places.append((data.get("service"), "cache_dir"))
         if isinstance(data.get("sources"), list):
             places.extend((item, "path") for item in data["sources"])
     for holder, key in places:

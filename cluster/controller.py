@@ -19,14 +19,14 @@ from cluster.events import Event
 from cluster.node_pool import NodePool
 from cluster.placement import Placement
 from cluster.policies import FailureBudget, decide_recovery
+from cluster.run_data import check_cursor, train_plan
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
 from data_service.access import DataAccess
 from data_service.audit import SampleAudit
 from data_service.errors import ConfigError
-from data_service.plan import make_plan
-from data_service.shards import DatasetManifest
+from data_service.manifest import DatasetManifest
 from trainer import manifest as checkpoints
 from trainer.protocol import WorkerSpec
 
@@ -82,13 +82,15 @@ class Controller:
 
         Raises:
             RunFailedError: a program fault, or more losses than the policies allow.
-            ConfigError: the mesh does not fit the machines.
+            ConfigError: the mesh does not fit the machines, or the newest checkpoint not this order of rows.
         """
         steps = self._config.train.steps
-        resume = self._newest_checkpoint()
-        if resume is not None and resume >= steps:
-            self._console.say(f"step {resume} of {steps} is done already; raise train.steps to train on")
-            return TrainOutcome("finished", resume)
+        found = self._newest_checkpoint()
+        if found is not None and found.step >= steps:
+            self._console.say(f"step {found.step} of {steps} is done already; raise train.steps to train on")
+            return TrainOutcome("finished", found.step)
+        if found is not None:
+            check_cursor(self._config, self._dataset, found.state)
         self._start_data()
         try:
             while True:
@@ -109,15 +111,8 @@ class Controller:
         config = self._config
         if not config.data.service.audit:
             return None
-        plan = make_plan(
-            self._dataset,
-            "train",
-            config.run.seed,
-            config.data.seq_len,
-            config.train.global_batch,
-            config.data.shuffle_window_shards,
-        )
-        return SampleAudit(config.dataset_uri, plan, config.data.service.cache_bytes)
+        plan = train_plan(config, self._dataset)
+        return SampleAudit(config.dataset_uri, plan, self._dataset, config.data.service.cache_bytes)
 
     def _start_data(self) -> None:
         config = self._config
@@ -142,7 +137,8 @@ class Controller:
         config, events = self._config, self._writer.events
         placement = self._place()
         events.enter(RunState.PLACING)
-        resume = self._newest_checkpoint()
+        newest = self._newest_checkpoint()
+        resume = None if newest is None else newest.step
         self._writer.discard_after(-1 if resume is None else resume)
         self._writer.next_attempt()
         if self._audit is not None:
@@ -229,8 +225,8 @@ class Controller:
             return "cuda" if self._config.cluster.node.gpus else "cpu"
         return self._config.train.device
 
-    def _newest_checkpoint(self) -> int | None:
-        """The step to go on from: the newest whose every byte is right.
+    def _newest_checkpoint(self) -> checkpoints.Manifest | None:
+        """The checkpoint to go on from: the newest whose every byte is right.
 
         Raises:
             ConfigError: steps were committed, and none of them can be loaded.
@@ -248,7 +244,7 @@ class Controller:
                 f"{uri}: steps {', '.join(map(str, committed))} were committed, and none can be loaded. Restore "
                 "one from a backup, or move the folder away to train from the beginning. Nothing was changed."
             )
-        return None if found is None else found.step
+        return found
 
     def _recover(self, outcome: AttemptOutcome) -> None:
         """Decide whether the run goes on; repairs the data service for the next attempt."""

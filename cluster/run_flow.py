@@ -14,12 +14,15 @@ from cluster.node_pool import NodePool
 from cluster.promotion import Export, newest_export, promote
 from cluster.ray_map import ray_mapper
 from cluster.ray_session import Session, open_session
+from cluster.run_data import check_resume, dataset_of_run, service_token
 from cluster.run_store import RunFolder, RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
 from data_service import storage
-from data_service.errors import SourceError, StormjibError
+from data_service.errors import StormjibError
+from data_service.manifest import DatasetManifest
 from data_service.prepare import prepare
+from data_service.readers import find_files
 from serve.deployment import deploy, undeploy
 from serve.preflight import check_deployable
 from serve.spec import Endpoint, ServeSpec
@@ -65,17 +68,19 @@ def serve_export(config: RunConfig, console: RunConsole) -> int:
 
 
 def _check_early(config: RunConfig) -> None:
-    """What can be known before a node is started: an unfit or foreign folder, and sources that are not there.
+    """What can be known before a node is started: an unfit or foreign folder, sources or a token that are not there.
 
     Raises:
-        ConfigError: the folder holds a run that cannot go on with this configuration, or is no place for checkpoints.
+        ConfigError: the folder holds a run that cannot go on with this configuration, or is no place for checkpoints;
+            a running data service is named, and no token for it.
         SourceError: a source matches no file.
     """
     storage.check_commits(config.root)
     RunFolder(config.root).check_identity(config)
-    for index, source in enumerate(config.data.sources):
-        if not storage.glob_files(source.path):
-            raise SourceError(f"data.sources.{index}.path={source.path}: there is no such file. Check the path.")
+    if config.data.service.address:
+        service_token()
+    find_files(config.data.sources)
+    check_resume(config)
 
 
 @contextmanager
@@ -101,25 +106,10 @@ def _train(
     with NodePool(config, session, writer, console) as pool:
         pool.start()
         began = time.monotonic()
-        manifest = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
+        prepared = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
+        manifest = dataset_of_run(config, prepared)
         seconds = time.monotonic() - began
-        documents = sum(split.num_documents for split in manifest.splits.values())
-        tokens = sum(split.num_tokens for split in manifest.splits.values())
-        fields = {
-            "digest": manifest.digest,
-            "documents": documents,
-            "tokens": tokens,
-            "rejects": manifest.num_rejects,
-            "seconds": round(seconds, 3),
-        }
-        writer.events.write(Event.DATASET_READY, fields=fields)
-        console.say(
-            f"dataset: {documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}"
-            + (
-                f"; {manifest.num_rejects} records rejected, see {config.dataset_uri}/rejects.jsonl"
-                * bool(manifest.num_rejects)
-            )
-        )
+        _tell_dataset(config, manifest, seconds, writer, console)
         outcome = Controller(config, pool, writer, console, manifest, stop).train()
         if outcome.reason == "stopped":
             writer.events.enter(RunState.CANCELLED)
@@ -131,6 +121,26 @@ def _train(
         writer.events.write(Event.RUN_ENDED, fields={"step": outcome.step, "error": None})
         console.say(f"exported step {export.step} to {export.uri}")
         return export
+
+
+def _tell_dataset(
+    config: RunConfig, manifest: DatasetManifest, seconds: float, writer: RunWriter, console: RunConsole
+) -> None:
+    documents, tokens = manifest.num_documents(), manifest.num_tokens()
+    fields = {
+        "digest": manifest.digest,
+        "generation": manifest.generation,
+        "documents": documents,
+        "tokens": tokens,
+        "rejects": manifest.num_rejects,
+        "seconds": round(seconds, 3),
+    }
+    writer.events.write(Event.DATASET_READY, fields=fields)
+    rejects = f"; {manifest.num_rejects:,} records rejected, see rejects*.jsonl in {config.dataset_uri}"
+    console.say(
+        f"dataset: {documents:,} documents, {tokens:,} tokens, vocabulary {manifest.vocab_size:,}"
+        + (rejects if manifest.num_rejects else "")
+    )
 
 
 def _deploy(config: RunConfig, session: Session, export: Export, console: RunConsole) -> Endpoint:

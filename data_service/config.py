@@ -250,6 +250,11 @@ class DataConfig(Section):
                     f"sources.{number}.messages with rows=stream: a chat is kept whole. Set data.rows to document or "
                     "packed."
                 )
+            if source.messages is not None and self.chat_template is None and self.tokenizer.path is None:
+                raise ValueError(
+                    f"sources.{number}.messages with a tokenizer that is trained: it has no chat template. Set "
+                    "data.chat_template to a Jinja file, or data.tokenizer.path to a tokenizer that has one."
+                )
         return self
 
 

@@ -21,7 +21,8 @@ import psutil
 
 from cluster.config import RunConfig, load_config
 from cluster.run_store import RunFolder
-from data_service.shards import read_manifest, read_tokens
+from data_service.manifest import read_manifest
+from data_service.shards import read_tokens
 from trainer.baseline import bigram_perplexity
 
 HERE = Path(__file__).resolve().parent

@@ -52,6 +52,7 @@ def render(config: RunConfig) -> list[Document]:
     """
     _check_names(config)
     _check_paths(config)
+    _check_data_service(config)
     if config.cluster.address != "auto":
         raise ConfigError(
             f"cluster.address={config.cluster.address} with k8s render: a rendered job joins the Ray cluster it runs "
@@ -215,6 +216,7 @@ def _check_paths(config: RunConfig) -> None:
     optional = {
         "data.dataset": config.data.dataset,
         "data.tokenizer.path": config.data.tokenizer.path,
+        "data.chat_template": config.data.chat_template,
         "model.from": config.model.from_,
     }
     named |= {key: path for key, path in optional.items() if path is not None}
@@ -225,6 +227,15 @@ def _check_paths(config: RunConfig) -> None:
         where = f"under run.storage={storage}" if root else "in object storage"
         raise ConfigError(
             f"{key}={path} is a path of this machine, which pods cannot see. Put it {where} and set {key} to it."
+        )
+
+
+def _check_data_service(config: RunConfig) -> None:
+    """A data service that runs already wants its token."""
+    if config.data.service.address and config.k8s.secret_env is None:
+        raise ConfigError(
+            f"data.service.address={', '.join(config.data.service.address)} with k8s.secret_env=None: the pods have no "
+            "token for that service. Set k8s.secret_env to a Secret with the key STORMJIB_DATA_TOKEN."
         )
 
 

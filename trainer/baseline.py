@@ -2,8 +2,9 @@
 
 Interpolated modified Kneser-Ney (Chen and Goodman 1998, "An Empirical Study of Smoothing Techniques for Language
 Modeling", equations 24 to 26), the lower order interpolated with the uniform distribution, so that every token has a
-probability. It predicts the same tokens of the held-out stream as the model does: all but the first. Memory is bounded
-by the number of distinct bigrams, not by the length of the corpus.
+probability. It predicts the same tokens of the held-out stream as a model of stream rows does: all but the first (where
+several preparations or sources gave one each, the model leaves out the first of each). Memory is bounded by the number
+of distinct bigrams, not by the length of the corpus.
 """
 
 import math

@@ -4,21 +4,25 @@ import argparse
 import importlib.metadata
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import load_config
+from cluster.config import RunConfig, load_config
+from cluster.run_data import SERVICE_TOKEN
 from data_service import storage
-from data_service.errors import ConfigError
+from data_service.errors import ConfigError, DataError
+from data_service.readers import find_files
 
 __all__ = ["add_arguments", "execute"]
 
 _PACKAGES = ("ray", "torch", "deepspeed", "pyarrow", "grpcio", "s3fs", "tokenizers", "safetensors")
 _MIN_FREE_BYTES = 5 * 2**30
 _MIN_SHM_BYTES = 512 * 2**20
+_CONNECT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,29 @@ def _run(file: str, overrides: list[str]) -> Iterator[_Finding]:
         yield _Finding(True, f"{config.root}: writable")
     except (OSError, ConfigError) as error:
         yield _Finding(False, f"{config.root}: not writable ({error}); set run.storage to another place")
-    for source in config.data.sources:
-        found = storage.glob_files(source.path)
-        yield _Finding(bool(found), f"{source.path}: {len(found)} files")
+    yield from _sources(config)
+    yield from _service(config)
+
+
+def _sources(config: RunConfig) -> Iterator[_Finding]:
+    for number, source in enumerate(config.data.sources):
+        try:
+            found = find_files((source,))
+            yield _Finding(True, f"data.sources.{number}: {len(found)} files at {source.path}")
+        except (DataError, ConfigError) as error:
+            yield _Finding(False, str(error))
+
+
+def _service(config: RunConfig) -> Iterator[_Finding]:
+    """A data service that is said to run already: its token, and whether its addresses take connections."""
+    addresses = config.data.service.address
+    if addresses:
+        set_here = bool(os.environ.get(SERVICE_TOKEN))
+        yield _Finding(set_here, f"{SERVICE_TOKEN} is {'set' if set_here else 'not set; the data service needs it'}")
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+            yield _Finding(True, f"data.service.address {address}: takes connections")
+        except (OSError, ValueError) as error:
+            yield _Finding(False, f"data.service.address {address}: {error}; start the service, or set another address")

@@ -1,11 +1,15 @@
-"""`stormjib plan FILE`: mesh, batch, stages and sizes of a run, before any slot is taken."""
+"""`stormjib plan FILE`: mesh, batch, stages, sizes and data of a run, before any slot is taken."""
 
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from cluster.commands.arguments import add_run_file, config_of
 from cluster.config import RunConfig
+
+if TYPE_CHECKING:
+    from data_service.manifest import DatasetManifest
 
 __all__ = ["add_arguments", "execute"]
 
@@ -23,7 +27,9 @@ def execute(arguments: argparse.Namespace) -> int:
     from trainer.planner import plan_run
 
     config = config_of(arguments)
-    vocab_size = _vocab_size(config)
+    dataset = _prepared(config)
+    vocab_size = _vocab_size(config) if dataset is None else dataset.vocab_size
+    data = None if dataset is None else _data(config, dataset)
     plan = plan_run(
         config.train,
         TransformerConfig.from_section(config.model, vocab_size, config.data.seq_len),
@@ -32,7 +38,7 @@ def execute(arguments: argparse.Namespace) -> int:
         precision=resolve_precision(config.train, "cuda" if config.cluster.node.gpus else "cpu"),
     )
     if arguments.json:
-        print(json.dumps({**asdict(plan), "vocab_size": vocab_size}))
+        print(json.dumps({**asdict(plan), "vocab_size": vocab_size, "data": data}))
         return 0
     print(f"mesh: dp {plan.dp} x pp {plan.pp} on {plan.slots} slots, ZeRO {plan.zero_stage}, {plan.precision}")
     print(f"model: {plan.parameters:,} parameters, vocabulary {vocab_size:,}")
@@ -47,17 +53,52 @@ def execute(arguments: argparse.Namespace) -> int:
             f"stage {stage.stage}: {stage.blocks} blocks; a rank keeps {weights} of weights, {gradients} of gradients, "
             f"{optimizer} of optimizer states"
         )
+    if data is None:
+        print("data: not prepared yet; `stormjib prepare` tells rows and epochs")
+        return 0
+    print(
+        f"data: {data['rows']:,} rows of {config.data.seq_len:,} tokens, {data['batches']:,} global batches an epoch; "
+        f"{config.train.steps:,} steps are {data['epochs']:.2f} epochs"
+    )
+    for name, epochs in data["sources"].items():
+        print(f"source {name}: {epochs:.2f} epochs")
     return 0
 
 
+def _prepared(config: RunConfig) -> "DatasetManifest | None":
+    """The generation that the run would read; None before it is prepared."""
+    from cluster.run_data import dataset_of_run
+    from data_service.manifest import read_manifests
+
+    found = read_manifests(config.dataset_uri)
+    return dataset_of_run(config, found[-1]) if found else None
+
+
+def _data(config: RunConfig, dataset: "DatasetManifest") -> dict[str, Any]:
+    """Rows, batches and epochs of the run: over all sources, and of each with its weights."""
+    from cluster.run_data import train_plan
+
+    plan = train_plan(config, dataset)
+    consumed = plan.batch_at(config.train.steps - 1) + 1
+    drawn = [0.0] * plan.num_sources
+    for segment, after in zip(plan.segments, [*plan.segments[1:], None], strict=True):
+        end = consumed if after is None else min(consumed, after.first_batch)
+        batches = max(0, end - segment.first_batch)
+        for number, weight in enumerate(segment.weights):
+            drawn[number] += batches * plan.global_batch * weight / sum(segment.weights)
+    sizes = [sum(plan.parts[part].num_rows for part in parts) for _, parts in plan.sources]
+    return {
+        "rows": plan.num_rows,
+        "batches": plan.num_batches,
+        "epochs": consumed * plan.global_batch / plan.num_rows,
+        "sources": {name: drawn[number] / sizes[number] for number, (name, _) in enumerate(plan.sources)},
+    }
+
+
 def _vocab_size(config: RunConfig) -> int:
-    """Of the prepared dataset; before that, of the tokenizer as it is asked for."""
-    from data_service import storage
-    from data_service.shards import manifest_uri, read_manifest
+    """Of the tokenizer as it is asked for."""
     from data_service.tokenizer import read_tokenizer
 
-    if storage.exists(manifest_uri(config.dataset_uri)):
-        return read_manifest(config.dataset_uri).vocab_size
     wanted = config.data.tokenizer.to_train
     if wanted is not None:
         return wanted.vocab_size

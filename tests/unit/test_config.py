@@ -114,9 +114,31 @@ def test_a_mistake_in_the_file_is_named_with_its_line(tmp_path: Path, rest: str,
 
 
 @pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("{path: a/x.csv}, {path: b/x.csv}]", "sources.1 and sources.0 are both named 'x'. Give each a name."),
+        ("{path: a.csv, weight: 2}, {path: b.csv}]", "sources.0.weight is set and sources.1.weight is not"),
+        ("{path: a.csv}]\n  skip: [{first: 5, end: 5}]", "first=5 with end=5"),
+        ("{path: a.csv}]\n  skip: [{first: 5, end: 9}, {first: 7, end: 10}]", "begins before the one to 9 ends"),
+        ("{path: a.csv}]\n  mixture: {changes: [{first_batch: 0, weights: {a: 1}}]}", "greater than or equal to 1"),
+        ("{path: a.csv}]\n  mixture: {changes: [{first_batch: 3, weights: {b: 1}}]}", "names b, the sources are a"),
+        ("{path: a.csv}]\n  mixture: {changes: [{first_batch: 3, weights: {a: 0}}]}", "one above 0"),
+        (
+            "{path: a.csv}]\n  mixture:\n    changes:\n"
+            "      - {first_batch: 3, weights: {a: 1}}\n      - {first_batch: 3, weights: {a: 2}}",
+            "begin at batches [3, 3]",
+        ),
+        ("{path: a.jsonl, messages: messages}]", "sources.0.messages with rows=stream"),
+        ("{path: a.jsonl, messages: messages}]\n  rows: packed", "it has no chat template. Set data.chat_template"),
+    ],
+)
+def test_data_that_contradict_themselves_are_refused(tmp_path: Path, data: str, expected: str) -> None:
+    assert expected in message_of(tmp_path, f"run: {{name: a}}\ndata:\n  sources: [{data}\n")
+
+
+@pytest.mark.parametrize(
     ("text", "findings"),
     [
-        ("run: {name: a}\ndata:\n  sources: [{path: reviews.foo}]\n", ["no suffix that tells its format"]),
         ("run: {name: a}\ndata:\n  sources: [{paht: a.csv}]\n", ["path: required", "Did you mean path?"]),
         ("run: {name: a}\ndata:\n  sources: []\n", ["data.sources=[]: should have at least 1 item"]),
         ("run: {name: a}\ndata:\n  sources: a.csv\n", ["data.sources='a.csv': should be a list."]),
@@ -189,21 +211,39 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_paths_resolve_against_the_file_and_uris_stay(tmp_path: Path) -> None:
-    text = "run: {name: a, storage: runs}\ndata:\n  sources: [{path: s3://b/x.csv}]\n  tokenizer: {path: tok}\n"
+    text = (
+        "run: {name: a, storage: runs}\ndata:\n  sources: [{path: s3://b/x.csv}, {path: zh/}, {path: en/*.jsonl.gz}]\n"
+        "  tokenizer: {path: tok}\n  chat_template: chat.jinja\n  service: {cache_dir: shards}\n"
+    )
     config = load_config(write(tmp_path, text), ["model.from=../base", "data.dataset=s3://b/dataset"])
     assert config.run.storage == f"{tmp_path}/runs"
     assert config.data.tokenizer.path == f"{tmp_path}/tok"
     assert config.model.from_ == f"{tmp_path.parent}/base"
-    assert config.data.sources[0].path == "s3://b/x.csv"
+    assert [source.path for source in config.data.sources] == [
+        "s3://b/x.csv",
+        f"{tmp_path}/zh",
+        f"{tmp_path}/en/*.jsonl.gz",
+    ]
+    assert config.data.source_names == ("x", "zh", "source")
+    assert config.data.chat_template == f"{tmp_path}/chat.jinja"
+    assert config.data.service.cache_dir == f"{tmp_path}/shards"
     assert config.dataset_uri == "s3://b/dataset"
 
 
 def test_the_identity_of_a_run_is_what_resuming_must_not_change(tmp_path: Path) -> None:
     file = write(tmp_path, BASE)
     identity = load_config(file).identity()
-    for free in ("train.steps=9", "cluster.nodes=4", "train.zero.stage=2", "train.micro_batch=2", "serve.port=1"):
+    for free in (
+        *("train.steps=9", "cluster.nodes=4", "train.zero.stage=2", "train.micro_batch=2", "serve.port=1"),
+        "data.service={workers: 5, cache_bytes: 1, address: ['a:1'], metrics_port: 0}",
+        "data.skip=[{first: 3, end: 5}]",
+        "data.mixture.changes=[{first_batch: 7, weights: {reviews: 1}}]",
+    ):
         assert load_config(file, [free]).identity() == identity, free
-    for fixed in ("run.seed=1", "data.seq_len=128", "model.num_layers=2", "train.global_batch=8"):
+    for fixed in (
+        *("run.seed=1", "data.seq_len=128", "model.num_layers=2", "train.global_batch=8"),
+        *("data.rows=packed", "data.isolate_documents=true", "data.shuffle_window_shards=3"),
+    ):
         assert load_config(file, [fixed]).identity() != identity, fixed
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from data_service.access import DataAccess
 from data_service.errors import ConfigError
+from data_service.plan import OrderSpec
 from trainer.config import ModelConfig, TrainConfig
 from trainer.manifest import EvalRecord, PartReceipt, StoredRange, TrainState
 from trainer.protocol import (
@@ -22,6 +23,9 @@ from trainer.protocol import (
     report_to_json,
 )
 
+ORDER = OrderSpec(
+    1, 32, 8, 2, True, 2.0, ((0, (("zh", 3.0), ("en", 1.0))), (50, (("zh", 0.0), ("en", 1.0)))), ((5, 9),)
+)
 SPEC = WorkerSpec(
     attempt=3,
     rank=1,
@@ -37,7 +41,7 @@ SPEC = WorkerSpec(
     vocab_size=300,
     model=ModelConfig.model_validate({"from": "/models/tiny"}),
     train=TrainConfig.model_validate({"parallel": {"dp": "auto", "pp": 2}, "micro_batch": 2}),
-    data=DataAccess(("127.0.0.1:1", "127.0.0.1:2"), "Zk3vQ8wnT5", 4, 3.0, 60.0),
+    data=DataAccess(("127.0.0.1:1", "127.0.0.1:2"), "Zk3vQ8wnT5", ORDER, "5e1f", 4, 0.3, 3.0, 60.0),
     checkpoints_uri="s3://bucket/run/checkpoints",
     resume_step=None,
 )
@@ -65,7 +69,7 @@ STATE = TrainState(
 )
 REPORTS: list[Report] = [
     ReadyReport(1, {"import": 3.5}),
-    StepReport(1, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01),
+    StepReport(1, 0, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01),
     EvalReport(0, 6.0, 403.4, 1000),
     PartReport(10, 1, RECEIPT, STATE, 0.5),
     PartReport(10, 2, RECEIPT, None),
@@ -87,7 +91,9 @@ def test_a_rank_is_told_no_more_of_the_configuration_than_it_needs() -> None:
         *("seed", "seq_len", "vocab_size", "model", "train", "data", "checkpoints_uri", "resume_step"),
         *("threads", "interface"),
     }
-    assert set(json.loads(SPEC.to_json())["data"]) == {"control", "token", "run_ahead", "read_stall_s", "stalled_s"}
+    assert set(json.loads(SPEC.to_json())["data"]) == {
+        *("control", "token", "order", "dataset_digest", "run_ahead", "hedge_s", "read_stall_s", "stalled_s")
+    }
 
 
 @pytest.mark.parametrize("report", REPORTS, ids=lambda report: type(report).__name__)

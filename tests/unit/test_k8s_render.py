@@ -260,6 +260,11 @@ def engines(config: RunConfig) -> tuple[dict[str, str], dict[str, str]]:
         ((*OBJECT_STORE, "k8s.storage_claim=c"), "k8s.storage_claim=c with run.storage=s3://"),
         ((*OBJECT_STORE, "model.from=/models/base"), "model.from=/models/base"),
         ((*OBJECT_STORE, "data.sources.0.path=file:///reviews.csv"), "data.sources.0.path=file:"),
+        ((*OBJECT_STORE, "data.chat_template=/chat.jinja"), "data.chat_template=/chat.jinja"),
+        (
+            (*OBJECT_STORE, "k8s.secret_env=null", "k8s.mode=train", "data.service.address=['data:50051']"),
+            "data.service.address=data:50051 with k8s.secret_env=None",
+        ),
         ((*OBJECT_STORE, "serve.api_key_env=null"), "would be open.*k8s.mode=train"),
         ((*OBJECT_STORE, "k8s.secret_env=null"), "would be open"),
         ((*OBJECT_STORE, "serve.port=0"), "serve.port=0"),
