@@ -25,12 +25,15 @@ from data_service.manifest import DatasetManifest, PartInfo
 
 __all__ = [
     "MAX_PARTS",
+    "MAX_PLAN_BYTES",
+    "PART_SHIFT",
     "PLAN_VERSION",
     "OrderSpec",
     "Plan",
     "PlanPart",
     "Segment",
     "Split",
+    "check_plan",
     "make_plan",
     "part_of_rows",
     "row_id_of",
@@ -43,22 +46,26 @@ PLAN_VERSION = 2
 MAX_PARTS = 4096
 MAX_PART_ROWS = 2**44
 MAX_WEIGHT_SUM = 2**46
-"""Keeps weight · slots of one ticket (2^16) below 2^62."""
+"""Of weights, and of rows where they stand for weights; see `mixture`."""
+MAX_SHARDS = 2**32
+"""Of a part."""
 MAX_SEGMENTS = 257
 MAX_SKIPS = 256
-_PART_SHIFT = 48
+MAX_PLAN_BYTES = 2**17
+"""Of its JSON: a plan travels in every ticket."""
+PART_SHIFT = 48
 _WEIGHT_UNITS = 10**9
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
 def row_id_of(part: int, row: int) -> int:
     """The id of a row: its part in the upper 16 bits, its number in the part in the lower 48."""
-    return part << _PART_SHIFT | row
+    return part << PART_SHIFT | row
 
 
 def part_of_rows(row_id: int) -> tuple[int, int]:
     """The inverse of `row_id_of`: (part, row)."""
-    return row_id >> _PART_SHIFT, row_id & ((1 << _PART_SHIFT) - 1)
+    return row_id >> PART_SHIFT, row_id & ((1 << PART_SHIFT) - 1)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class OrderSpec:
     isolate_documents: bool = False
     temperature: float = 1.0
     weights: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = ()
-    """(first batch, ((source, weight), …)) in order; empty, or without an entry for batch 0, means the sources' rows."""
+    """(first batch, ((source, weight), …)) in order; without an entry for batch 0 the sources' rows are the weights."""
     skip: tuple[tuple[int, int], ...] = ()
     """[first, end) of global batches that are never consumed."""
 
@@ -107,7 +114,8 @@ class OrderSpec:
         Raises:
             ValueError: when it is not one.
         """
-        return _parsed(_ORDER_SPEC, text, "order")
+        spec: OrderSpec = _parsed(_ORDER_SPEC, text, "order")
+        return spec
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -190,10 +198,12 @@ class Plan:
             "parts": (len(self.parts), 1, MAX_PARTS + 1),
             "segments": (len(self.segments), 1, MAX_SEGMENTS + 1),
             "skip": (len(self.skip), 0, MAX_SKIPS + 1),
+            "the sum of parts.num_rows": (sum(part.num_rows for part in self.parts), 1, MAX_WEIGHT_SUM),
         }
         for number, part in enumerate(self.parts):
             bounds[f"parts.{number}.num_rows"] = (part.num_rows, 1, MAX_PART_ROWS)
             bounds[f"parts.{number}.rows_per_shard"] = (part.rows_per_shard, 1, 2**32)
+            bounds[f"parts.{number}.num_shards"] = (part.num_rows // max(1, part.rows_per_shard), 0, MAX_SHARDS - 1)
         before = -1
         for number, segment in enumerate(self.segments):
             bounds[f"segments.{number}.first_batch"] = (segment.first_batch, before + 1, 2**40)
@@ -213,6 +223,10 @@ class Plan:
             raise ValueError("plan: the first segment does not begin at batch 0.")
         if not self.shuffle and (len(self.segments) > 1 or self.skip):
             raise ValueError("plan: rows in file order have neither changes of weights nor skipped batches.")
+
+    def __hash__(self) -> int:
+        """The digest stands for the plan: hashing costs once, however many parts there are."""
+        return hash(self.digest)
 
     @cached_property
     def sources(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -270,7 +284,8 @@ class Plan:
             ValueError: when it is not a plan.
             CursorMismatchError: when it is one of another version.
         """
-        return _parsed(_PLAN, text, "plan")
+        plan: Plan = _parsed(_PLAN, text, "plan")
+        return plan
 
 
 _PLAN: TypeAdapter[Plan] = TypeAdapter(Plan)
@@ -297,15 +312,14 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
             f"data.seq_len={spec.seq_len} was asked for, the dataset's {manifest.rows} rows were prepared for "
             f"data.seq_len={manifest.row_tokens - 1}. Set it back, or prepare into another data.dataset."
         )
-    parts = tuple(_plan_part(manifest, part, spec.seq_len) for part in manifest.splits[split])
-    parts = tuple(part for part in parts if part.num_rows)
+    parts = _parts_of(manifest, split, spec.seq_len)
     if not parts:
         raise ConfigError(
             f"the {split} split was asked for, it holds no documents. "
             + ("Set data.split.eval above 0 and prepare again." if split == "eval" else "Add text to data.sources.")
         )
     shuffled = split == "train"
-    return Plan(
+    plan = Plan(
         version=PLAN_VERSION,
         dataset_digest=manifest.digest,
         split=split,
@@ -317,11 +331,61 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
         shuffle=shuffled,
         isolate_documents=spec.isolate_documents,
         loss_masks=manifest.loss_masks,
-        num_labels=len(manifest.labels) if manifest.rows == "document" else 0,
+        num_labels=_num_labels(manifest),
         parts=parts,
         segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
-        skip=spec.skip if shuffled else (),
+        skip=_joined(spec.skip) if shuffled else (),
     )
+    if len(plan.to_json()) > MAX_PLAN_BYTES:
+        raise ConfigError(
+            f"the plan of {len(parts)} parts (sources times the preparations that added files) with "
+            f"{len(plan.segments)} sets of weights and {len(plan.skip)} skipped ranges takes {len(plan.to_json())} "
+            f"bytes, at most {MAX_PLAN_BYTES} travel with every read. Name fewer data.sources or "
+            "data.mixture.changes, or prepare all files at once into another data.dataset."
+        )
+    return plan
+
+
+def check_plan(plan: Plan, manifest: DatasetManifest) -> None:
+    """Check that a plan fits a dataset, so that what its rows ask for is there.
+
+    Raises:
+        CursorMismatchError: when it does not.
+    """
+    fits = (
+        plan.dataset_digest == manifest.digest
+        and plan.rows == manifest.rows
+        and plan.loss_masks == manifest.loss_masks
+        and plan.num_labels == _num_labels(manifest)
+        and manifest.row_tokens in (0, plan.seq_len + 1)
+        and plan.parts == _parts_of(manifest, plan.split, plan.seq_len)
+    )
+    if not fits:
+        raise CursorMismatchError(
+            f"rows of plan {plan.digest} of dataset {plan.dataset_digest} were asked for, this is dataset "
+            f"{manifest.digest}, or the plan does not fit it. Ask the workers of that dataset."
+        )
+
+
+def _num_labels(manifest: DatasetManifest) -> int:
+    return len(manifest.labels) if manifest.rows == "document" else 0
+
+
+def _parts_of(manifest: DatasetManifest, split: Split, seq_len: int) -> tuple[PlanPart, ...]:
+    """The parts that have rows."""
+    parts = (_plan_part(manifest, part, seq_len) for part in manifest.splits[split])
+    return tuple(part for part in parts if part.num_rows)
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ranges in order, with those joined that follow each other: equal skips make equal plans."""
+    joined: list[tuple[int, int]] = []
+    for first, end in ranges:
+        if joined and first == joined[-1][1]:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((first, end))
+    return tuple(joined)
 
 
 def _plan_part(manifest: DatasetManifest, part: PartInfo, seq_len: int) -> PlanPart:
@@ -336,9 +400,7 @@ def _plan_part(manifest: DatasetManifest, part: PartInfo, seq_len: int) -> PlanP
         return PlanPart(part.source, part.generation, 0, rows_per_shard)
     last_tokens = part.num_tokens - (part.num_shards - 1) * manifest.shard_tokens
     last_rows = -(-(last_tokens - 1) // seq_len)
-    return PlanPart(
-        part.source, part.generation, (part.num_shards - 1) * rows_per_shard + last_rows, rows_per_shard
-    )
+    return PlanPart(part.source, part.generation, (part.num_shards - 1) * rows_per_shard + last_rows, rows_per_shard)
 
 
 def _rows_by_source(parts: Sequence[PlanPart]) -> dict[str, int]:
@@ -360,8 +422,9 @@ def _units(weights: Sequence[float], temperature: float) -> tuple[int, ...]:
     """Shares weight ** (1 / temperature) in billionths, largest remainders rounded up; a weight above 0 stays so."""
     powers = [(weight / max(weights)) ** (1.0 / temperature) if weight else 0.0 for weight in weights]
     exact = [power / sum(powers) * _WEIGHT_UNITS for power in powers]
-    units = [max(int(share), 1 if share else 0) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: (int(exact[index]) - exact[index], index))
+    units = [max(int(share), 1 if weight else 0) for share, weight in zip(exact, weights, strict=True)]
+    positive = [index for index, weight in enumerate(weights) if weight]
+    by_remainder = sorted(positive, key=lambda index: (int(exact[index]) - exact[index], index))
     for index in by_remainder[: max(0, _WEIGHT_UNITS - sum(units))]:
         units[index] += 1
     return tuple(units)

@@ -1,72 +1,213 @@
-"""Row ids → tokens, for the row kind `stream`: windows of seq_len + 1 tokens, seq_len apart, over the whole split.
+"""Row ids → tokens, document starts, answer bits and classes, gathered from the shards that hold them.
 
-Row r holds tokens r·T … r·T + T of the concatenated documents; where a row starts follows from its id, for any T, so
-nothing about rows is stored. The last row of a split is padded with the end token and says how many labels count.
+A stream row is the window of seq_len + 1 tokens that begins at its number in the shard times seq_len; rows that were
+fixed at prepare begin where the shard's `row_offsets` say. No row leaves its shard. Rows are padded with the end token.
 
 Owns gathering. Refuses to know batches, ranks or the network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from data_service.cache import ShardCache
+from data_service.errors import ShardCorruptError
 from data_service.hashing import row_crcs
-from data_service.plan import Plan
-from data_service.schema import RowBlock
-from data_service.shards import DatasetManifest, ShardEntry
+from data_service.manifest import DatasetManifest
+from data_service.order import shards_of
+from data_service.plan import PART_SHIFT, Plan, check_plan
+from data_service.schema import NO_LABEL, RowBlock
+from data_service.shards import Shard, ShardEntry, ShardIndex, shard_file
 
-__all__ = ["ShardRows", "valid_tokens_of"]
+__all__ = ["ShardRows", "ShardStore"]
+
+_I64 = npt.NDArray[np.int64]
+_U32 = npt.NDArray[np.uint32]
 
 
-def valid_tokens_of(plan: Plan, row_ids: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
-    """How many labels of each row count: seq_len, fewer in the last row. uint32 [n]."""
-    left = (plan.num_tokens - 1) - row_ids.astype(np.int64) * plan.seq_len
-    return np.clip(left, 0, plan.seq_len).astype(np.uint32)
+class ShardStore(Protocol):
+    """Where shards come from: verified, and kept as long as the store sees fit."""
+
+    def get(self, entries: Iterable[ShardEntry]) -> Mapping[tuple[str, int], Shard]:
+        """The shards by (split, number).
+
+        Raises:
+            ShardCorruptError: naming the shard.
+            DataUnavailableError: naming the shard, when the storage gives no answer in time.
+        """
+
+
+@dataclass
+class _Gathered:
+    """Rows of a block, filled shard by shard; n of them, T = seq_len."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    length: _U32
+    answer_bits: npt.NDArray[np.uint8] | None
+    labels: npt.NDArray[np.int32] | None
+    starts: list[_U32]
+    """Per shard, row after row."""
+    start_counts: _I64
+    """[n]"""
 
 
 class ShardRows:
     """Reads rows of one dataset. A data worker takes another one of the same shape, which is how tests make it lie."""
 
-    def __init__(self, manifest: DatasetManifest, index: Mapping[str, Sequence[ShardEntry]], cache: ShardCache) -> None:
+    def __init__(self, manifest: DatasetManifest, index: ShardIndex, shards: ShardStore) -> None:
         self._manifest = manifest
         self._index = index
-        self._cache = cache
+        self._shards = shards
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
-        """The rows with these ids.
+        """The rows with these ids, in their order.
 
         Args:
             plan: of this dataset.
-            row_ids: uint64 [n], each below plan.num_rows.
+            row_ids: uint64 [n], of rows that the plan has.
 
         Raises:
+            CursorMismatchError: when the plan is of another dataset, or does not fit this one.
+            ValueError: when there is no such row.
             ShardCorruptError: when a shard that they lie in is damaged.
         """
-        width = plan.seq_len + 1
-        info = self._manifest.splits[plan.split]
-        begins = row_ids.astype(np.int64) * plan.seq_len
-        ends = np.minimum(begins + width, info.num_tokens)
-        first, last = begins // info.shard_tokens, (ends - 1) // info.shard_tokens
-        numbers = sorted({n for a, b in zip(first.tolist(), last.tolist(), strict=True) for n in range(a, b + 1)})
-        shards = self._cache.get([self._index[plan.split][number] for number in numbers])
-        tokens = np.full((row_ids.size, width), self._manifest.eos_id, dtype=self._manifest.dtype)
-        starts = np.zeros((row_ids.size, width), dtype=np.bool_)
-        for row, (begin, end) in enumerate(zip(begins.tolist(), ends.tolist(), strict=True)):
-            place = begin
-            while place < end:
-                number, offset = divmod(place, info.shard_tokens)
-                count = min(end - place, info.shard_tokens - offset)
-                target = slice(place - begin, place - begin + count)
-                tokens[row, target] = shards[number].tokens[offset : offset + count]
-                starts[row, target] = shards[number].starts[offset : offset + count]
-                place += count
-        valid = valid_tokens_of(plan, row_ids)
+        check_plan(plan, self._manifest)
+        part, shard = _located(plan, row_ids)
+        first_shards = {(one.source, one.generation): one.first_shard for one in self._manifest.splits[plan.split]}
+        begins = [first_shards[one.source, one.generation] for one in plan.parts]
+        number = np.array(begins, dtype=np.int64)[part] + shard.astype(np.int64)
+        per_shard = np.array([one.rows_per_shard for one in plan.parts], dtype=np.uint64)
+        in_shard = ((row_ids & np.uint64((1 << PART_SHIFT) - 1)) % per_shard[part]).astype(np.int64)
+
+        order = np.argsort(number, kind="stable")
+        in_order = number[order]
+        cuts = np.flatnonzero(np.diff(in_order, prepend=-1)) if row_ids.size else np.zeros(0, np.int64)
+        numbers = in_order[cuts].tolist()
+        shards = self._shards.get([self._index.entry(plan.split, one) for one in numbers])
+        gathered = self._empty(plan, row_ids.size)
+        for one, begin, end in zip(numbers, cuts.tolist(), [*cuts[1:].tolist(), row_ids.size], strict=True):
+            slots = order[begin:end]
+            try:
+                self._gather(plan, shards[plan.split, one], slots, in_shard[slots], gathered)
+            except IndexError as error:
+                raise ShardCorruptError(
+                    f"{shard_file(plan.split, one)} holds fewer rows or tokens than the manifest says ({error}). "
+                    "Prepare the dataset again into another folder."
+                ) from error
+        starts, offsets = _in_row_order(gathered, order)
+        crcs = row_crcs(gathered.tokens, gathered.length, starts, offsets, gathered.answer_bits, gathered.labels)
         return RowBlock(
             row_id=row_ids,
-            tokens=tokens,
-            starts=np.packbits(starts, axis=1, bitorder="little"),
-            valid_tokens=valid,
-            row_crc=row_crcs(tokens, valid),
+            tokens=gathered.tokens,
+            length=gathered.length,
+            starts=starts,
+            start_offsets=offsets,
+            answer_bits=gathered.answer_bits,
+            labels=gathered.labels,
+            row_crc=crcs,
         )
+
+    def _empty(self, plan: Plan, count: int) -> _Gathered:
+        return _Gathered(
+            tokens=np.empty((count, plan.seq_len + 1), dtype=self._manifest.dtype),
+            length=np.empty(count, dtype=np.uint32),
+            answer_bits=np.empty((count, -(-plan.seq_len // 8)), dtype=np.uint8) if plan.loss_masks else None,
+            labels=np.full(count, NO_LABEL, dtype=np.int32) if plan.num_labels else None,
+            starts=[],
+            start_counts=np.empty(count, dtype=np.int64),
+        )
+
+    def _gather(self, plan: Plan, shard: Shard, slots: _I64, rows: _I64, out: _Gathered) -> None:
+        """Copy rows of one shard (`rows`, numbers in it) to places of the block (`slots`); int64 [m] each."""
+        width = plan.seq_len + 1
+        if shard.row_offsets is None:
+            begin = rows * plan.seq_len
+            length = np.minimum(shard.tokens.size - begin, width)
+        else:
+            begin = shard.row_offsets[rows].astype(np.int64)
+            length = np.minimum(shard.row_offsets[rows + 1].astype(np.int64) - begin, width)
+        if length.min() < 1 or int((begin + length).max()) > shard.tokens.size:
+            raise IndexError("a row ends behind the tokens")
+        _copy_tokens(shard.tokens, slots, begin, length, out.tokens, self._manifest.eos_id)
+        out.length[slots] = length
+        low, high = np.searchsorted(shard.starts, np.stack([begin, begin + length]).astype(np.uint32))
+        counts = high - low
+        out.start_counts[slots] = counts
+        out.starts.append(shard.starts[_ragged(low, counts)] - np.repeat(begin, counts).astype(np.uint32))
+        if out.answer_bits is not None:
+            out.answer_bits[slots] = _label_bits(shard, begin, length, out.answer_bits.shape[1])
+        if out.labels is not None and shard.labels is not None:
+            out.labels[slots] = shard.labels[rows]
+
+
+def _located(plan: Plan, row_ids: npt.NDArray[np.uint64]) -> tuple[_U32, npt.NDArray[np.uint64]]:
+    """`order.shards_of`, after a look whether the plan has these rows."""
+    part = (row_ids >> np.uint64(PART_SHIFT)).astype(np.int64)
+    num_rows = np.array([one.num_rows for one in plan.parts], dtype=np.uint64)
+    row = row_ids & np.uint64((1 << PART_SHIFT) - 1)
+    if row_ids.size and (int(part.max()) >= num_rows.size or (row >= num_rows[part]).any()):
+        raise ValueError(f"row ids up to {int(row_ids.max())} were asked for, the plan does not have them all.")
+    return shards_of(plan, row_ids)
+
+
+def _copy_tokens(
+    source: npt.NDArray[np.unsignedinteger],
+    slots: _I64,
+    begin: _I64,
+    length: _I64,
+    target: npt.NDArray[np.unsignedinteger],
+    padding: int,
+) -> None:
+    """target[slots[i]] = source[begin[i] : begin[i] + length[i]] and padding."""
+    width = target.shape[1]
+    whole = begin + width <= source.size
+    # A row as one element of 2·width or 4·width bytes: numpy copies it at once instead of token by token.
+    as_row = np.dtype((np.void, width * source.itemsize))
+    if whole.any():
+        windows = np.ndarray((source.size - width + 1,), as_row, source.data, strides=(source.itemsize,))
+        rows = target.view(as_row).reshape(-1)
+        if whole.all():
+            rows[slots] = windows[begin]
+        else:
+            rows[slots[whole]] = windows[begin[whole]]
+    for slot, start in zip(slots[~whole].tolist(), begin[~whole].tolist(), strict=True):
+        target[slot, : source.size - start] = source[start:]
+    short = length < width
+    if short.any():
+        for slot, end in zip(slots[short].tolist(), length[short].tolist(), strict=True):
+            target[slot, end:] = padding
+
+
+def _ragged(begin: _I64, counts: _I64) -> _I64:
+    """begin[0], begin[0] + 1, … (counts[0] of them), begin[1], …; int64 [sum(counts)]."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if ends.size else 0
+    places: _I64 = np.arange(total) + np.repeat(begin - (ends - counts), counts)
+    return places
+
+
+def _label_bits(shard: Shard, begin: _I64, length: _I64, num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Bit t of a row: whether its token t + 1 counts as a label; 0 behind its end. uint8 [m, num_bytes]."""
+    bits = shard.answer_bits
+    if bits is None:
+        bits = np.full(-(-shard.tokens.size // 8), 0xFF, dtype=np.uint8)
+    place = begin + 1
+    at = (place >> 3)[:, None] + np.arange(num_bytes + 1)
+    found = bits[np.minimum(at, bits.size - 1)].astype(np.uint16)
+    shift = (place & 7).astype(np.uint16)[:, None]
+    joined = ((found[:, :-1] | found[:, 1:] << np.uint16(8)) >> shift).astype(np.uint8)
+    left = np.clip((length - 1)[:, None] - 8 * np.arange(num_bytes), 0, 8)
+    kept: npt.NDArray[np.uint8] = joined & ((1 << left) - 1).astype(np.uint8)
+    return kept
+
+
+def _in_row_order(gathered: _Gathered, order: _I64) -> tuple[_U32, npt.NDArray[np.int32]]:
+    """Starts of all rows, row after row, and where each row's begin; `order` is the sequence they were gathered in."""
+    counts = gathered.start_counts
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    starts = np.empty(int(offsets[-1]), dtype=np.uint32)
+    if order.size:
+        starts[_ragged(offsets[order], counts[order])] = np.concatenate(gathered.starts)
+    return starts, offsets.astype(np.int32)

@@ -65,7 +65,8 @@ class BatchSlice:
     @cached_property
     def doc_ids(self) -> npt.NDArray[np.int32]:
         """[B, T]: which document of its row an input token belongs to, counted from 0 (a row may begin inside one)."""
-        return np.cumsum(self.doc_starts[:, :-1], axis=1, dtype=np.int32)
+        starts = self.doc_starts[:, :-1]
+        return np.cumsum(starts, axis=1, dtype=np.int32) - starts[:, :1]
 
     @cached_property
     def positions(self) -> npt.NDArray[np.int32]:
@@ -89,8 +90,9 @@ class BatchSlice:
     def valid_tokens(self) -> npt.NDArray[np.uint32]:
         """[B]: labels of a row that count; 0 where a slot is masked."""
         if not self.isolate_documents and self.answer_bits is None:
-            return np.maximum(self.length, 1) - np.uint32(1)
-        return self.loss_mask.sum(axis=1, dtype=np.uint32)
+            return np.maximum(self.length, np.uint32(1)) - np.uint32(1)
+        counts: npt.NDArray[np.uint32] = self.loss_mask.sum(axis=1, dtype=np.uint32)
+        return counts
 
     @property
     def rows(self) -> npt.NDArray[np.bool_]:
