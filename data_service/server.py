@@ -1,46 +1,48 @@
 """The data worker: an Arrow Flight server that answers tickets from shards.
 
 It is stateless: a ticket holds the plan, so any worker can answer any ticket at any time, and a dead one is replaced by
-asking another. A ticket is answered whole: rows are gathered and verified first, errors become the call's status, then
-the batches go out as one native stream without Python in the way.
+asking another. Before the first message leaves, the ticket was checked and every shard that it needs was opened and
+verified, so that errors become the call's status; then each message is gathered as the one before it has gone out.
 
-Owns the Flight server, its token check and the heartbeat to the control plane. Refuses tickets that are malformed, too
-large or of another dataset.
+Owns the Flight server and its token check. Refuses tickets that are malformed, too large or of another dataset.
 """
 
-import hmac
 import json
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
-import grpc
-import numpy as np
 import pyarrow as pa
 import pyarrow.flight as flight
 
 from data_service import control_pb2 as pb
-from data_service import control_pb2_grpc as pb_grpc
+from data_service.bearer import BearerToken
 from data_service.cache import ShardCache
-from data_service.control import CHANNEL_OPTIONS, HEARTBEAT_S, bearer_metadata
-from data_service.errors import ConfigError, CursorMismatchError, DataError
-from data_service.metrics import WorkerMetrics
-from data_service.order import rows_of_batch
-from data_service.plan import Plan, rows_per_shard_of
+from data_service.errors import StormjibError
+from data_service.heartbeat import Heartbeat
+from data_service.manifest import DatasetManifest, read_manifest
+from data_service.metrics import MetricsServer, WorkerMetrics
+from data_service.order import BatchRows
+from data_service.plan import Plan, check_plan
+from data_service.prefetch import Prefetch
 from data_service.rows import ShardRows
 from data_service.schema import block_to_batch, wire_schema
-from data_service.shards import DatasetManifest, ShardEntry, read_index, read_manifest
+from data_service.shards import ShardIndex
 from data_service.ticket import Ticket
 
-__all__ = ["DataWorker", "ShardRowsFactory"]
+__all__ = ["PING", "DataWorker", "ShardRowsFactory"]
 
 _LOG = logging.getLogger(__name__)
+PING = "ping"
+"""The action that tells a client that this process answers."""
 _MESSAGE_BYTES = 1 << 20
-_REGISTER_TIMEOUT_S = 5.0
+_KEPT_PLANS = 64
 
-ShardRowsFactory = Callable[[DatasetManifest, Mapping[str, Sequence[ShardEntry]], ShardCache], ShardRows]
+ShardRowsFactory = Callable[[DatasetManifest, ShardIndex, ShardCache], ShardRows]
 """Makes the strategy that turns row ids into rows."""
 
 
@@ -52,29 +54,39 @@ class _TokenMiddleware(flight.ServerMiddlewareFactory):  # type: ignore[misc]
     """Refuses calls without the token."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+        self._token = BearerToken(token)
 
-    def start_call(self, info: Any, headers: Mapping[str, Sequence[str]]) -> _NoMiddleware:
+    def start_call(self, info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> _NoMiddleware:
         for name, values in headers.items():
-            if name.lower() == "authorization" and values:
-                if hmac.compare_digest(str(values[0]).encode("utf-8", "replace"), self._expected):
-                    return _NoMiddleware()
+            if name.lower() == "authorization" and values and self._token.accepts(values[0]):
+                return _NoMiddleware()
         raise flight.FlightUnauthenticatedError("the bearer token is missing or wrong")
 
 
 class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     """DoGet of tickets."""
 
-    def __init__(self, location: str, token: str, manifest: DatasetManifest, rows: ShardRows, metrics: WorkerMetrics):
+    def __init__(
+        self,
+        location: str,
+        token: str,
+        manifest: DatasetManifest,
+        rows: ShardRows,
+        prefetch: Prefetch,
+        metrics: WorkerMetrics,
+    ):
         super().__init__(location, middleware={"token": _TokenMiddleware(token)})
         self._manifest = manifest
         self._rows = rows
+        self._prefetch = prefetch
         self._metrics = metrics
+        self._check_plan = lru_cache(_KEPT_PLANS)(partial(check_plan, manifest=manifest))
 
     def do_get(self, context: Any, ticket: Any) -> Any:
+        arrived = time.perf_counter()
         try:
-            return self._answer(Ticket.from_bytes(ticket.ticket))
-        except DataError as error:
+            answer = self._answer(Ticket.from_bytes(ticket.ticket))
+        except StormjibError as error:
             self._metrics.add(errors=1)
             extra = json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
             raise flight.FlightServerError(str(error), extra) from error
@@ -83,36 +95,44 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
             raise flight.FlightServerError(
                 f"the ticket is refused: {error}", json.dumps({"kind": "ValueError", "message": str(error)}).encode()
             ) from error
+        self._metrics.answer_s.observe(time.perf_counter() - arrived)
+        return answer
 
-    def _check_plan(self, plan: Plan) -> None:
-        if plan.dataset_digest != self._manifest.digest:
-            raise CursorMismatchError(
-                f"the ticket is for dataset {plan.dataset_digest[:64]}, this worker serves {self._manifest.digest}."
-            )
-        info = self._manifest.splits[plan.split]
-        if plan.num_tokens != info.num_tokens or plan.rows_per_shard != rows_per_shard_of(info, plan.seq_len):
-            raise ValueError(
-                f"plan.num_tokens={plan.num_tokens} or plan.rows_per_shard={plan.rows_per_shard} is not that of the "
-                f"{plan.split} split."
-            )
+    def do_action(self, context: Any, action: Any) -> list[Any]:
+        """`ping`: nothing, at once, whatever else this worker does."""
+        if action.type != PING:
+            raise flight.FlightServerError(f"the action {action.type[:64]!r} is none of this worker's.")
+        return []
 
     def _answer(self, ticket: Ticket) -> Any:
         plan = ticket.plan
         self._check_plan(plan)
-        first, last = ticket.slots
-        rows = [rows_of_batch(plan, batch, first, last) for batch in range(ticket.first, ticket.last)]
-        batches = np.repeat(np.arange(ticket.first, ticket.last, dtype=np.uint64), [ids.size for ids in rows])
-        slots = np.concatenate([np.arange(first, first + ids.size, dtype=np.uint32) for ids in rows])
-        row_ids = np.concatenate(rows)
-        schema = wire_schema(plan.seq_len, self._manifest.dtype)
+        rows = ticket.rows()
+        self._prefetch.note(ticket)
+        schema = wire_schema(plan, self._manifest.dtype)
         per_message = max(1, _MESSAGE_BYTES // ((plan.seq_len + 1) * self._manifest.dtype.itemsize))
-        messages = []
-        for start in range(0, row_ids.size, per_message):
+        count = int(rows.row_id.size)
+        if count > per_message:
+            self._prefetch.fetch(plan, rows.row_id)
+        messages = self._messages(plan, rows, schema, per_message)
+        first = next(messages, None)
+        self._metrics.add(tickets=1, rows=count)
+        if count <= per_message:
+            return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, [] if first is None else [first]))
+
+        def chained() -> Iterator[pa.RecordBatch]:
+            yield first
+            yield from messages
+
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, chained()))
+
+    def _messages(self, plan: Plan, rows: BatchRows, schema: pa.Schema, per_message: int) -> Iterator[pa.RecordBatch]:
+        for start in range(0, rows.row_id.size, per_message):
             part = slice(start, start + per_message)
-            block = self._rows.read(plan, row_ids[part])
-            messages.append(block_to_batch(block, batches[part], slots[part], schema))
-        self._metrics.add(tickets=1, rows=int(row_ids.size), bytes_sent=sum(message.nbytes for message in messages))
-        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, messages))
+            block = self._rows.read(plan, rows.row_id[part])
+            message = block_to_batch(block, rows.batch[part], rows.slot[part], schema)
+            self._metrics.add(bytes_sent=message.nbytes)
+            yield message
 
 
 class DataWorker:
@@ -123,99 +143,104 @@ class DataWorker:
         dataset_uri: str,
         control_address: str,
         token: str,
+        *,
+        dataset_digest: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        cache_bytes: int = 1 << 30,
+        cache_dir: str | None = None,
+        cache_bytes: int = 8 << 30,
+        metrics_port: int | None = None,
         row_source: ShardRowsFactory = ShardRows,
     ) -> None:
+        """Nothing is started yet.
+
+        Args:
+            dataset_uri: the prepared dataset.
+            control_address: `host:port` of the control plane, or of several with commas between.
+            token: what callers must show, and what this worker shows the control plane.
+            dataset_digest: which of the dataset's generations; the newest by default.
+            host: where to listen; clients reach it there.
+            port: 0 takes a free one.
+            cache_dir: where to keep shards of a remote dataset; by default below the temporary folder.
+            cache_bytes: most bytes of them.
+            metrics_port: of Prometheus metrics; 0 takes a free one, None serves none.
+            row_source: turns row ids into rows.
+        """
         self._dataset_uri = dataset_uri
-        self._control_address = control_address
+        self._control = control_address.split(",")
         self._token = token
+        self._dataset_digest = dataset_digest
         self._host = host
         self._port = port
+        self._cache_dir = cache_dir
         self._cache_bytes = cache_bytes
+        self._metrics_port = metrics_port
         self._row_source = row_source
-        self._worker_id = uuid.uuid4().hex
+        self.worker_id = uuid.uuid4().hex
         self._metrics = WorkerMetrics()
-        self._stopping = threading.Event()
+        self._lock = threading.Lock()
         self._server: _FlightServer | None = None
         self._cache: ShardCache | None = None
-        self._heartbeat: threading.Thread | None = None
+        self._prefetch: Prefetch | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._metrics_server: MetricsServer | None = None
+
+    @property
+    def metrics_address(self) -> str | None:
+        """`host:port` of the metrics while they are served."""
+        return None if self._metrics_server is None else self._metrics_server.address
 
     def start(self) -> str:
         """Serve, register with the control plane, and return `host:port`.
 
         Raises:
-            ConfigError: when there is no dataset, or the control plane is of another one.
+            ConfigError: when there is no dataset, or the control plane refuses this worker.
             ShardCorruptError: when the index of shards is damaged.
+            OSError: when a port is taken.
         """
-        manifest = read_manifest(self._dataset_uri)
-        self._cache = ShardCache(self._dataset_uri, self._cache_bytes, self._metrics)
-        rows = self._row_source(manifest, read_index(self._dataset_uri, manifest), self._cache)
-        location = f"grpc://{self._host}:{self._port}"
-        self._server = _FlightServer(location, self._token, manifest, rows, self._metrics)
-        address = f"{self._host}:{self._server.port}"
-        channel = grpc.insecure_channel(self._control_address, options=CHANNEL_OPTIONS)
-        stub = pb_grpc.DataControlStub(channel)  # type: ignore[no-untyped-call]
-        registration = pb.RegisterRequest(worker_id=self._worker_id, address=address, dataset_digest=manifest.digest)
         try:
-            self._register(stub, registration)
-        except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
-                channel.close()
-                self._close()
-                raise ConfigError(f"a data worker cannot join {self._control_address}: {error.details()}.") from error
-            _LOG.warning("the control plane %s does not answer yet: %s", self._control_address, error.details())
-        self._heartbeat = threading.Thread(
-            target=self._beat, args=(channel, stub, registration), name="data-worker-heartbeat", daemon=True
+            return self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self) -> str:
+        manifest = read_manifest(self._dataset_uri, self._dataset_digest)
+        self._cache = ShardCache(
+            self._dataset_uri, cache_dir=self._cache_dir, cache_bytes=self._cache_bytes, metrics=self._metrics
         )
-        self._heartbeat.start()
+        index = ShardIndex(self._dataset_uri, manifest)
+        rows = self._row_source(manifest, index, self._cache)
+        self._prefetch = Prefetch(manifest, index, self._cache)
+        location = f"grpc://{self._host}:{self._port}"
+        try:
+            self._server = _FlightServer(location, self._token, manifest, rows, self._prefetch, self._metrics)
+        except pa.ArrowException as error:
+            raise OSError(f"the data worker cannot listen on {self._host}:{self._port}: {error}.") from error
+        if self._metrics_port is not None:
+            self._metrics_server = MetricsServer(self._metrics.registry, self._token, self._host, self._metrics_port)
+        address = f"{self._host}:{self._server.port}"
+        registration = pb.RegisterRequest(worker_id=self.worker_id, address=address, dataset_digest=manifest.digest)
+        heartbeat = Heartbeat(self._control, self._token, registration, self._metrics)
+        heartbeat.start()
+        self._heartbeat = heartbeat
         return address
 
-    def _register(self, stub: Any, registration: pb.RegisterRequest) -> None:
-        stub.Register(registration, timeout=_REGISTER_TIMEOUT_S, metadata=bearer_metadata(self._token))
-
-    def _beat(self, channel: Any, stub: Any, registration: pb.RegisterRequest) -> None:
-        """Tell the control plane every second that this worker lives; register again where it does not know it."""
-        failing = False
-        while not self._stopping.wait(HEARTBEAT_S):
-            totals = self._metrics.totals()
-            counters = pb.WorkerCounters(
-                tickets=totals.tickets,
-                rows=totals.rows,
-                bytes_sent=totals.bytes_sent,
-                shards_read=totals.shards_read,
-                bytes_read=totals.bytes_read,
-                errors=totals.errors,
-            )
-            try:
-                answer = stub.Heartbeat(
-                    pb.HeartbeatRequest(worker_id=self._worker_id, counters=counters),
-                    timeout=_REGISTER_TIMEOUT_S,
-                    metadata=bearer_metadata(self._token),
-                )
-                if not answer.known:
-                    self._register(stub, registration)
-                failing = False
-            except grpc.RpcError as error:
-                if not failing:
-                    _LOG.warning("the control plane %s does not answer: %s", self._control_address, error.details())
-                failing = True
-        channel.close()
-
     def stop(self) -> None:
-        """Stop serving."""
-        self._stopping.set()
-        if self._heartbeat is not None:
-            self._heartbeat.join()
-            self._heartbeat = None
-        self._close()
-
-    def _close(self) -> None:
-        """End the server and the reading threads."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server = None
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+        """Leave the control plane, then stop serving. May be called again."""
+        with self._lock:
+            heartbeat, self._heartbeat = self._heartbeat, None
+            metrics, self._metrics_server = self._metrics_server, None
+            server, self._server = self._server, None
+            prefetch, self._prefetch = self._prefetch, None
+            cache, self._cache = self._cache, None
+        if heartbeat is not None:
+            heartbeat.stop()
+        if metrics is not None:
+            metrics.stop()
+        if server is not None:
+            server.shutdown()
+        if prefetch is not None:
+            prefetch.close()
+        if cache is not None:
+            cache.close()
