@@ -9,16 +9,21 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+import numpy as np
+
 from data_service.cache import ShardCache
 from data_service.errors import DataUnavailableError, DeliveryError
 from data_service.hashing import sample_hash
-from data_service.metrics import WorkerMetrics
+from data_service.manifest import DatasetManifest
 from data_service.order import rows_of_batch
 from data_service.plan import Plan
 from data_service.rows import ShardRows
-from data_service.shards import read_index, read_manifest
+from data_service.shards import ShardIndex
 
 __all__ = ["SampleAudit"]
+
+_TOKENS_AT_ONCE = 2**22
+"""Rows of a step are read in pieces of so many tokens, so that a large step takes no more memory than a small one."""
 
 
 @dataclass(frozen=True)
@@ -30,32 +35,39 @@ class _Check:
 class SampleAudit:
     """Audits the steps of one plan."""
 
-    def __init__(self, dataset_uri: str, plan: Plan, cache_bytes: int) -> None:
+    def __init__(self, dataset_uri: str, plan: Plan, manifest: DatasetManifest, cache_bytes: int) -> None:
         """Nothing is read yet.
 
         Args:
             dataset_uri: the prepared dataset.
             plan: of the training rows.
-            cache_bytes: most bytes of shards to keep in memory.
+            manifest: the generation of the dataset that the plan is of.
+            cache_bytes: most bytes of shards to keep on this machine's disk, where the dataset is remote.
+
+        Raises:
+            ConfigError: when the folder for them cannot be used.
         """
         self._dataset_uri = dataset_uri
         self._plan = plan
-        self._cache = ShardCache(dataset_uri, cache_bytes, WorkerMetrics())
-        self._source: ShardRows | None = None
+        self._cache = ShardCache(dataset_uri, cache_bytes=cache_bytes)
+        self._source = ShardRows(manifest, ShardIndex(dataset_uri, manifest), self._cache)
+        self._rows_at_once = max(1, _TOKENS_AT_ONCE // (plan.seq_len + 1))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample-audit")
         self._checks: deque[_Check] = deque()
 
-    def expected(self, batch: int) -> str:
-        """The hash that consuming this global batch must give, read from the shards.
+    def expected(self, index: int) -> str:
+        """The hash that step index `index` (0 is the first) must give, read from the shards.
 
         Raises:
             ShardCorruptError: a shard is damaged.
+            DataUnavailableError: the storage does not answer.
         """
-        if self._source is None:
-            manifest = read_manifest(self._dataset_uri)
-            self._source = ShardRows(manifest, read_index(self._dataset_uri, manifest), self._cache)
-        block = self._source.read(self._plan, rows_of_batch(self._plan, batch))
-        return sample_hash(block.row_id, block.row_crc)
+        rows = rows_of_batch(self._plan, index)
+        found = [
+            self._source.read(self._plan, rows[begin : begin + self._rows_at_once])
+            for begin in range(0, rows.size, self._rows_at_once)
+        ]
+        return sample_hash(rows, np.concatenate([block.row_crc for block in found]))
 
     def submit(self, step: int, found: str) -> None:
         """Check, in the background, the hash that the ranks reported for an optimizer step (1 is the first)."""
