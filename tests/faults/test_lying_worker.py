@@ -39,16 +39,17 @@ def spoil(module):
     from data_service.hashing import row_crcs
     from data_service.order import rows_of_batch
 
-    reader = next(item for item in vars(module).values() if isinstance(item, type) and hasattr(item, "read"))
+    reader = module.ShardRows
     honest = reader.read
 
     def read(self, plan, row_ids):
         block = honest(self, plan, row_ids)
         if plan.split == "train":
-            wrong = rows_of_batch(plan, {LIE_FROM - 1})[2]
+            wrong = rows_of_batch(plan, {LIE_FROM - 1}, 2, 3)[0]
             tokens = block.tokens.copy()
             tokens[block.row_id == wrong, 1] ^= 1
-            block = replace(block, tokens=tokens, row_crc=row_crcs(tokens, block.valid_tokens))
+            crcs = row_crcs(tokens, block.length, block.starts, block.start_offsets)
+            block = replace(block, tokens=tokens, row_crc=crcs)
         return block
 
     reader.read = read

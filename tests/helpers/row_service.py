@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_service.access import DataAccess
-from data_service.config import DataConfig
+from data_service.config import DataConfig, RowKind
 from data_service.control import ControlServer
+from data_service.manifest import DatasetManifest
+from data_service.plan import OrderSpec
 from data_service.prepare import prepare
 from data_service.rows import ShardRows
 from data_service.server import DataWorker, ShardRowsFactory
-from data_service.shards import DatasetManifest
 
 __all__ = ["RowService", "data_config", "row_service", "write_corpus"]
 
@@ -48,13 +49,15 @@ def write_corpus(path: Path, num_documents: int = 600, seed: int = 0) -> None:
             writer.writerow([f"{number}: {' '.join(lines)}"])
 
 
-def data_config(corpus: Path, seq_len: int) -> DataConfig:
+def data_config(corpus: Path, seq_len: int, rows: RowKind = "stream", isolate_documents: bool = False) -> DataConfig:
     """The `data` section of the corpus, with shards small enough that there are several."""
     return DataConfig.model_validate(
         {
             "sources": [{"path": str(corpus)}],
             "tokenizer": {"train": {"vocab_size": 384}},
+            "rows": rows,
             "seq_len": seq_len,
+            "isolate_documents": isolate_documents,
             "split": {"eval": 0.05},
             "shard_tokens": 4096,
             "shuffle_window_shards": 2,
@@ -69,22 +72,26 @@ def row_service(
     global_batch: int,
     seed: int,
     sources: Sequence[ShardRowsFactory] = (ShardRows, ShardRows),
+    *,
+    rows: RowKind = "stream",
+    isolate_documents: bool = False,
 ) -> Iterator[RowService]:
     """Prepare (or find prepared) a corpus in `folder` and serve it with one worker for each row source."""
-    corpus, dataset = folder / "corpus.csv", folder / "dataset"
+    corpus, dataset = folder / "corpus.csv", str(folder / f"dataset-{rows}")
     if not corpus.exists():
         write_corpus(corpus)
-    config = data_config(corpus, seq_len)
-    manifest = prepare(config, str(dataset))
-    control = ControlServer(str(dataset), seed, config, global_batch, TOKEN)
+    config = data_config(corpus, seq_len, rows, isolate_documents)
+    manifest = prepare(config, dataset)
+    control = ControlServer(dataset, TOKEN)
     address = control.start()
     workers: list[DataWorker] = []
     try:
         for source in sources:
-            workers.append(DataWorker(str(dataset), address, TOKEN, row_source=source))
+            workers.append(DataWorker(dataset, address, TOKEN, row_source=source))
             workers[-1].start()
-        access = DataAccess((address,), TOKEN, run_ahead=4, read_stall_s=3.0, stalled_s=20.0)
-        yield RowService(access, manifest, dataset)
+        order = OrderSpec.from_config(config, seed=seed, global_batch=global_batch)
+        access = DataAccess((address,), TOKEN, order, manifest.digest, stalled_s=20.0)
+        yield RowService(access, manifest, Path(dataset))
     finally:
         for worker in workers:
             worker.stop()

@@ -18,7 +18,12 @@ from tests.helpers.row_service import row_service
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, SEQ_LEN, STEPS, Case, Lab
 
 WRONG_STEP = 5
-WINDOW_SHARDS = 2
+
+
+def _wrong(plan: Plan) -> np.uint64:
+    """The row in slot 3 of step 5."""
+    row: np.uint64 = rows_of_batch(plan, WRONG_STEP - 1, 3, 4)[0]
+    return row
 
 
 class _WrongTokens(ShardRows):
@@ -27,10 +32,10 @@ class _WrongTokens(ShardRows):
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
         block = super().read(plan, row_ids)
         if plan.split == "train":
-            wrong = rows_of_batch(plan, WRONG_STEP - 1)[3]
             tokens = block.tokens.copy()
-            tokens[block.row_id == wrong, 1] ^= 1
-            block = replace(block, tokens=tokens, row_crc=row_crcs(tokens, block.valid_tokens))
+            tokens[block.row_id == _wrong(plan), 1] ^= 1
+            crcs = row_crcs(tokens, block.length, block.starts, block.start_offsets)
+            block = replace(block, tokens=tokens, row_crc=crcs)
         return block
 
 
@@ -40,7 +45,7 @@ class _WrongRow(ShardRows):
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
         wanted = row_ids.copy()
         if plan.split == "train":
-            wrong = rows_of_batch(plan, WRONG_STEP - 1)[3]
+            wrong = _wrong(plan)
             wanted[wanted == wrong] = (wrong + np.uint64(1)) % np.uint64(plan.num_rows)
         return super().read(plan, wanted)
 
@@ -51,11 +56,11 @@ def test_wrong_tokens_change_the_hash_of_their_step_and_the_audit_finds_it(lab: 
     with row_service(lab.folder, SEQ_LEN, GLOBAL_BATCH, SEED, sources=(_WrongTokens,)) as service:
         spec = replace(lab.spec(Case(1, 1), lab.folder / "wrong-tokens"), data=service.access)
         found = lab.server.run(lab.program, specs_of(spec)).steps
-        plan = make_plan(service.manifest, "train", SEED, SEQ_LEN, GLOBAL_BATCH, WINDOW_SHARDS)
+        plan = make_plan(service.manifest, "train", service.access.order)
         dataset = str(service.dataset)
     differing = [step for step in range(1, STEPS + 1) if found[step].sample_hash != expected[step].sample_hash]
     assert differing == [WRONG_STEP]
-    audit = SampleAudit(dataset, plan, cache_bytes=1 << 20)
+    audit = SampleAudit(dataset, plan, service.manifest, cache_bytes=1 << 20)
     try:
         for step in range(1, WRONG_STEP):
             audit.submit(step, found[step].sample_hash)

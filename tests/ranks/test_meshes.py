@@ -51,7 +51,7 @@ def test_one_rank_trains_like_a_plain_loop(lab: Lab) -> None:
     with contextlib.closing(DataClient(spec.data)) as client:
         for rows in client.stream("train", 0, STEPS, (0, GLOBAL_BATCH)):
             step = rows.index + 1
-            tokens = rows.torch_tokens()
+            tokens = torch.from_numpy(rows.tokens.astype("int64"))
             logits = model(tokens[:, :-1])
             counted = torch.arange(spec.seq_len) < torch.from_numpy(rows.valid_tokens.astype("int64"))[:, None]
             loss = F.cross_entropy(logits[counted], tokens[:, 1:][counted])
