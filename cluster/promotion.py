@@ -5,6 +5,7 @@ from cluster.events import Event
 from cluster.policies import choose_promotion
 from cluster.run_store import RunFolder, RunWriter
 from data_service.errors import ConfigError
+from data_service.manifest import tokenizer_uri
 from serve.exports import FinishedExport, finished_exports
 from trainer import manifest
 
@@ -40,7 +41,7 @@ def export_step(config: RunConfig, step: int, out_uri: str) -> Export:
     from trainer.export import export_checkpoint
 
     uri = RunFolder(config.root).checkpoints_uri
-    provenance = export_checkpoint(uri, step, out_uri, f"{config.dataset_uri}/tokenizer")
+    provenance = export_checkpoint(uri, step, out_uri, tokenizer_uri(config.dataset_uri))
     return Export(out_uri, provenance.step, provenance.digest)
 
 
