@@ -1,10 +1,13 @@
-r"""CSV, record by record, where one broken record costs itself and nothing else.
+r"""CSV and TSV, record by record, where one broken record costs itself and nothing else.
 
-The grammar is RFC 4180 with a comma, `\n` or `\r\n` and an optional byte order mark; a quote in the middle of an
-unquoted field is an ordinary character. A field that opens with a quote must close before a comma or the end of the
-line, and may hold line breaks. Where it does not close so, or where a record that spans lines has another number of
+The grammar is RFC 4180 with a comma or a tab, any line ends and an optional byte order mark; a quote in the middle of
+an unquoted field is an ordinary character. A field that opens with a quote must close before a delimiter or the end of
+the line, and may hold line breaks. Where it does not close so, or where a record that spans lines has another number of
 fields than the header, its first line alone is rejected and reading goes on with the next line: a stray quote then
 cannot swallow the rows behind it.
+
+Much TSV is written without quoting. A line whose quotes do not work out is therefore taken as it stands where it has
+the right number of fields, and so is each line of a record that spans lines when every one of them has.
 
 Works on bytes and with bounded memory. Refuses to guess encodings or delimiters.
 """
@@ -12,14 +15,14 @@ Works on bytes and with bounded memory. Refuses to guess encodings or delimiters
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Literal
+
+from data_service.text_lines import ByteStream, chomp, read_lines
 
 __all__ = ["BrokenRecord", "CsvRecord", "read_csv_records"]
 
-_BOM = b"\xef\xbb\xbf"
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class CsvRecord:
     """The fields of one record, as bytes, quotes removed."""
 
@@ -27,7 +30,7 @@ class CsvRecord:
     fields: list[bytes]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class BrokenRecord:
     """A line that is no record."""
 
@@ -36,52 +39,38 @@ class BrokenRecord:
 
 
 class _Lines:
-    """Numbered lines of a stream, with their line ends, that can be given back. A line beyond the limit is cut."""
+    """Numbered lines that can be given back."""
 
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
-        self._stream = stream
-        self._limit = limit
+    def __init__(self, stream: ByteStream, limit: int) -> None:
+        self._read = read_lines(stream, limit)
         self._returned: deque[tuple[int, bytes]] = deque()
-        self._number = 0
 
     def next(self) -> tuple[int, bytes] | None:
         if self._returned:
             return self._returned.popleft()
-        line = self._stream.readline(self._limit + 1)
-        if not line:
-            return None
-        self._number += 1
-        if len(line) > self._limit:
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = self._stream.readline(1 << 20)
-        elif self._number == 1:
-            line = line.removeprefix(_BOM)
-        return self._number, line
+        return next(self._read, None)
 
     def give_back(self, lines: list[tuple[int, bytes]]) -> None:
         self._returned.extendleft(reversed(lines))
-
-
-def _chomp(line: bytes) -> bytes:
-    return line[:-2] if line.endswith(b"\r\n") else line[:-1] if line.endswith((b"\n", b"\r")) else line
 
 
 class _Broken(Exception):
     """The record being read is broken; the message says why."""
 
 
-def _read_fields(lines: _Lines, first: bytes, taken: list[tuple[int, bytes]], limit: int) -> list[bytes]:
+def _read_fields(
+    lines: _Lines, first: bytes, taken: list[tuple[int, bytes]], delimiter: bytes, limit: int
+) -> list[bytes]:
     """The fields of the record that begins with the line `first`; further lines it takes are appended to `taken`."""
     if b'"' not in first:
-        return _chomp(first).split(b",")
+        return chomp(first).split(delimiter)
     fields: list[bytes] = []
     line, place, total = first, 0, len(first)
     while True:
         if line[place : place + 1] != b'"':
-            end = line.find(b",", place)
+            end = line.find(delimiter, place)
             if end < 0:
-                fields.append(_chomp(line[place:]))
+                fields.append(chomp(line[place:]))
                 return fields
             fields.append(line[place:end])
             place = end + 1
@@ -108,45 +97,60 @@ def _read_fields(lines: _Lines, first: bytes, taken: list[tuple[int, bytes]], li
             parts.append(b'"')
             place += 1
         fields.append(b"".join(parts))
-        rest = line[place:]
-        if rest.startswith(b","):
+        behind = line[place : place + 2]
+        if behind.startswith(delimiter):
             place += 1
-        elif _chomp(rest) == b"":
+        elif behind in (b"", b"\n", b"\r", b"\r\n"):
             return fields
         else:
             raise _Broken("text follows a closing quote")
 
 
-def read_csv_records(stream: BinaryIO, max_record_bytes: int) -> Iterator[CsvRecord | BrokenRecord]:
-    """Every record of a CSV file, the header first, blank lines left out.
+def read_csv_records(
+    stream: ByteStream, max_record_bytes: int, delimiter: Literal[b",", b"\t"] = b","
+) -> Iterator[CsvRecord | BrokenRecord]:
+    """Every record of a CSV or TSV file, the header first, blank lines left out.
 
     Args:
         stream: the file, opened for bytes.
         max_record_bytes: a longer record is broken.
+        delimiter: what stands between fields.
 
     Yields:
         Records in the order of the file. The first record sets how many fields a record has.
     """
     lines = _Lines(stream, max_record_bytes)
+    unquoted_too = delimiter == b"\t"
     width: int | None = None
     while (start := lines.next()) is not None:
         number, first = start
-        if not _chomp(first):
+        if first in (b"\n", b"\r\n", b"\r"):
             continue
-        if len(first) > max_record_bytes:
+        if len(first) > max_record_bytes and len(chomp(first)) > max_record_bytes:
             yield BrokenRecord(number, f"over-long: more than {max_record_bytes} bytes")
             continue
         taken: list[tuple[int, bytes]] = []
+        reason = None
         try:
-            fields = _read_fields(lines, first, taken, max_record_bytes)
+            fields = _read_fields(lines, first, taken, delimiter, max_record_bytes)
             if width is not None and len(fields) != width:
-                if taken:
-                    raise _Broken(f"a quoted field runs over lines, and {len(fields)} fields instead of {width} follow")
-                yield BrokenRecord(number, f"ragged: {len(fields)} fields where the header has {width}")
-                continue
+                reason = (
+                    f"broken quotes: a quoted field runs over lines, and {len(fields)} fields instead of {width} follow"
+                    if taken
+                    else f"ragged: {len(fields)} fields where the header has {width}"
+                )
         except _Broken as error:
+            reason = f"broken quotes: {error}"
+        if unquoted_too and b'"' in first and (reason is not None or taken):
+            alone = chomp(first).split(delimiter)
+            wanted = len(alone) if width is None else width
+            whole = reason is not None or all(line.count(delimiter) == wanted - 1 for _, line in taken)
+            if len(alone) == wanted and whole:
+                lines.give_back(taken)
+                taken, fields, reason = [], alone, None
+        if reason is not None:
             lines.give_back(taken)
-            yield BrokenRecord(number, f"broken quotes: {error}")
+            yield BrokenRecord(number, reason)
             continue
         width = len(fields) if width is None else width
         yield CsvRecord(number, fields)

@@ -19,19 +19,22 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from data_service.errors import ConfigError
 
 __all__ = [
     "check_commits",
+    "content_tag",
     "exists",
     "file_size",
     "glob_files",
     "is_local",
     "join",
+    "kind_of",
     "list_names",
     "list_sizes",
+    "list_tree",
     "local_path",
     "move_file",
     "open_input",
@@ -136,6 +139,29 @@ def exists(uri: str) -> bool:
     fs, path = _remote(uri)
     fs.invalidate_cache()  # listings from before say nothing about other writers
     return _retry(f"looking for {uri}", lambda: bool(fs.exists(path)))
+
+
+def kind_of(uri: str) -> Literal["file", "folder"] | None:
+    """What is there; a store has folders where files are below them. None where nothing is."""
+    if is_local(uri):
+        here = local_path(uri)
+        return "folder" if here.is_dir() else "file" if here.exists() else None
+    fs, path = _remote(uri)
+    try:
+        found = _retry(f"looking for {uri}", lambda: fs.info(path))
+    except FileNotFoundError:
+        return None
+    return "folder" if found["type"] == "directory" else "file"
+
+
+def content_tag(uri: str) -> str | None:
+    """What a store itself says of a file's content, its size and ETag; None for local files and other stores."""
+    if is_local(uri):
+        return None
+    fs, path = _remote(uri)
+    found = _retry(f"looking at {uri}", lambda: fs.info(path))
+    tag = str(found.get("ETag") or "").strip('"')
+    return f"{found['size']}/{tag}" if tag else None
 
 
 def file_size(uri: str) -> int:
@@ -337,6 +363,18 @@ def list_sizes(uri: str) -> dict[str, int]:
     except FileNotFoundError:
         return {}
     return {str(one["name"]).rsplit("/", 1)[-1]: int(one["size"]) for one in found if one["type"] == "file"}
+
+
+def list_tree(uri: str) -> list[str]:
+    """Paths of all files below a folder, relative to it, sorted. Links to folders are not followed."""
+    if is_local(uri):
+        root = local_path(uri)
+        below = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return sorted(path.relative_to(root).as_posix() for path in below)
+    fs, remote_path = _remote(uri)
+    prefix = remote_path.rstrip("/") + "/"
+    found = _retry(f"listing {uri}", lambda: fs.find(remote_path))
+    return sorted(str(entry).removeprefix(prefix) for entry in found if str(entry).startswith(prefix))
 
 
 def move_file(source: str, target: str) -> None:
