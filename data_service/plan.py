@@ -12,7 +12,7 @@ A plan only ever grows behind what was consumed: a change of weights or a skippe
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ MAX_PLAN_BYTES = 2**17
 """Of its JSON: a plan travels in every ticket."""
 PART_SHIFT = 48
 _WEIGHT_UNITS = 10**9
+_MIN_TEMPERATURE, _MAX_TEMPERATURE, _MAX_WEIGHT = 0.01, 1e6, 1e9
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -68,7 +69,7 @@ def part_of_rows(row_id: int) -> tuple[int, int]:
     return row_id >> PART_SHIFT, row_id & ((1 << PART_SHIFT) - 1)
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=_STRICT)
 class OrderSpec:
     """What a run asks of the order of its rows."""
 
@@ -82,6 +83,20 @@ class OrderSpec:
     """(first batch, ((source, weight), …)) in order; without an entry for batch 0 the sources' rows are the weights."""
     skip: tuple[tuple[int, int], ...] = ()
     """[first, end) of global batches that are never consumed."""
+
+    def __post_init__(self) -> None:
+        """Check what could not be computed with; the rest is checked where a plan is made of it.
+
+        Raises:
+            ValueError: for a temperature or a weight out of range, or a source that is named twice.
+        """
+        if not _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE:
+            raise ValueError(f"order: temperature={self.temperature} is not in 0.01 … 1e6.")
+        for first, weights in self.weights:
+            if len({name for name, _ in weights}) != len(weights):
+                raise ValueError(f"order: a source has two weights from global batch {first} on.")
+            if not all(0 <= weight < _MAX_WEIGHT for _, weight in weights):
+                raise ValueError(f"order: a weight from global batch {first} on is not in [0, 1e9).")
 
     @classmethod
     def from_config(cls, data: DataConfig, *, seed: int, global_batch: int) -> "OrderSpec":

@@ -16,7 +16,6 @@ import numpy.typing as npt
 from data_service.errors import ShardCorruptError
 from data_service.hashing import row_crcs
 from data_service.manifest import DatasetManifest
-from data_service.order import shards_of
 from data_service.plan import PART_SHIFT, Plan, check_plan
 from data_service.schema import NO_LABEL, RowBlock
 from data_service.shards import Shard, ShardEntry, ShardIndex, shard_file
@@ -53,6 +52,17 @@ class _Gathered:
     """[n]"""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the parts of a plan lie; int64 [parts] each."""
+
+    plan: Plan
+    num_rows: _I64
+    shard_rows: _I64
+    first_shard: _I64
+    """Numbers of shards in the split."""
+
+
 class ShardRows:
     """Reads rows of one dataset. A data worker takes another one of the same shape, which is how tests make it lie."""
 
@@ -60,6 +70,7 @@ class ShardRows:
         self._manifest = manifest
         self._index = index
         self._shards = shards
+        self._layout: _Layout | None = None
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
         """The rows with these ids, in their order.
@@ -73,14 +84,7 @@ class ShardRows:
             ValueError: when there is no such row.
             ShardCorruptError: when a shard that they lie in is damaged.
         """
-        check_plan(plan, self._manifest)
-        part, shard = _located(plan, row_ids)
-        first_shards = {(one.source, one.generation): one.first_shard for one in self._manifest.splits[plan.split]}
-        begins = [first_shards[one.source, one.generation] for one in plan.parts]
-        number = np.array(begins, dtype=np.int64)[part] + shard.astype(np.int64)
-        per_shard = np.array([one.rows_per_shard for one in plan.parts], dtype=np.uint64)
-        in_shard = ((row_ids & np.uint64((1 << PART_SHIFT) - 1)) % per_shard[part]).astype(np.int64)
-
+        number, in_shard = self._locate(self._layout_of(plan), row_ids)
         order = np.argsort(number, kind="stable")
         in_order = number[order]
         cuts = np.flatnonzero(np.diff(in_order, prepend=-1)) if row_ids.size else np.zeros(0, np.int64)
@@ -108,6 +112,31 @@ class ShardRows:
             labels=gathered.labels,
             row_crc=crcs,
         )
+
+    def _layout_of(self, plan: Plan) -> _Layout:
+        """Where the parts of a plan lie; kept for the plan of the last call, which is most often the next one's."""
+        layout = self._layout
+        if layout is None or layout.plan is not plan:
+            check_plan(plan, self._manifest)
+            first = {(one.source, one.generation): one.first_shard for one in self._manifest.splits[plan.split]}
+            layout = _Layout(
+                plan=plan,
+                num_rows=np.array([one.num_rows for one in plan.parts], dtype=np.int64),
+                shard_rows=np.array([one.rows_per_shard for one in plan.parts], dtype=np.int64),
+                first_shard=np.array([first[one.source, one.generation] for one in plan.parts], dtype=np.int64),
+            )
+            self._layout = layout
+        return layout
+
+    @staticmethod
+    def _locate(layout: _Layout, row_ids: npt.NDArray[np.uint64]) -> tuple[_I64, _I64]:
+        """The number of each row's shard in the split, and of the row in the shard; int64 [n] each."""
+        part = (row_ids >> np.uint64(PART_SHIFT)).astype(np.int64)
+        row = (row_ids & np.uint64((1 << PART_SHIFT) - 1)).astype(np.int64)
+        if row_ids.size and (int(part.max()) >= layout.num_rows.size or (row >= layout.num_rows[part]).any()):
+            raise ValueError(f"rows with ids up to {int(row_ids.max())} were asked for, the plan lacks some of them.")
+        shard, in_shard = np.divmod(row, layout.shard_rows[part])
+        return layout.first_shard[part] + shard, in_shard
 
     def _empty(self, plan: Plan, count: int) -> _Gathered:
         return _Gathered(
@@ -140,16 +169,6 @@ class ShardRows:
             out.answer_bits[slots] = _label_bits(shard, begin, length, out.answer_bits.shape[1])
         if out.labels is not None and shard.labels is not None:
             out.labels[slots] = shard.labels[rows]
-
-
-def _located(plan: Plan, row_ids: npt.NDArray[np.uint64]) -> tuple[_U32, npt.NDArray[np.uint64]]:
-    """`order.shards_of`, after a look whether the plan has these rows."""
-    part = (row_ids >> np.uint64(PART_SHIFT)).astype(np.int64)
-    num_rows = np.array([one.num_rows for one in plan.parts], dtype=np.uint64)
-    row = row_ids & np.uint64((1 << PART_SHIFT) - 1)
-    if row_ids.size and (int(part.max()) >= num_rows.size or (row >= num_rows[part]).any()):
-        raise ValueError(f"row ids up to {int(row_ids.max())} were asked for, the plan does not have them all.")
-    return shards_of(plan, row_ids)
 
 
 def _copy_tokens(
