@@ -19,7 +19,7 @@ from cluster.events import Event
 from cluster.node_pool import NodePool
 from cluster.placement import Placement
 from cluster.policies import FailureBudget, decide_recovery
-from cluster.run_data import check_cursor, train_plan
+from cluster.run_data import check_cursor, order_of, running_service, train_plan
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
@@ -116,11 +116,15 @@ class Controller:
 
     def _start_data(self) -> None:
         config = self._config
+        if config.data.service.address:
+            self._access = running_service(config, self._dataset)
+            self._writer.events.write(Event.DATA_SERVICE_READY, fields={"workers": [], "control": self._access.control})
+            return
         self._data = DataServiceHandle(
             config.dataset_uri,
-            config.data,
-            seed=config.run.seed,
-            global_batch=config.train.global_batch,
+            config.data.service,
+            order=order_of(config),
+            dataset_digest=self._dataset.digest,
             host_by_node=self._pool.data_hosts(),
             head_node=self._pool.head_node(),
         )
@@ -129,7 +133,8 @@ class Controller:
 
     def _repair_data(self) -> None:
         """Replace what died of the data service; ranks of the attempt that runs have others to read from meanwhile."""
-        assert self._data is not None, "data are served before the first attempt"
+        if self._data is None:
+            return  # others run it
         self._access = self._data.repair(self._pool.data_hosts())
         self._writer.events.write(Event.DATA_SERVICE_READY, fields={"workers": self._data.describe()})
 
@@ -279,8 +284,7 @@ class Controller:
 
     def _watch_data(self) -> None:
         """Replace data workers that died on a node that lives; the ranks have others to read from meanwhile."""
-        assert self._data is not None, "data are served before the first attempt"
-        if self._data.watch():
+        if self._data is not None and self._data.watch():
             self._writer.events.write(Event.DATA_WORKER_LOST)
             self._console.say("a process of the data service died and is replaced")
             self._repair_data()

@@ -4,6 +4,7 @@ All of it follows from the configuration, the dataset's manifests and the newest
 starts. A run stays with the generation that its checkpoints name, whatever files were added to the sources since.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -11,9 +12,10 @@ from pydantic import ValidationError
 
 from cluster.config import RunConfig
 from cluster.run_store import RunFolder
+from data_service.access import DataAccess
 from data_service.config import DataConfig
 from data_service.cursor import Cursor
-from data_service.errors import ConfigError, CursorMismatchError
+from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.manifest import DatasetManifest, read_manifest, read_manifests
 from data_service.plan import OrderSpec, Plan, make_plan
 from trainer import manifest as checkpoints
@@ -27,6 +29,7 @@ __all__ = [
     "dataset_of_run",
     "newest_state",
     "order_of",
+    "running_service",
     "service_token",
     "train_plan",
 ]
@@ -71,6 +74,45 @@ def service_token() -> str:
             "is not in the environment: the service answers nobody without its token. Set it to the service's token."
         )
     return token
+
+
+def running_service(config: RunConfig, dataset: DatasetManifest) -> DataAccess:
+    """What ranks need to read from a data service that runs already; asks it for the run's plan first.
+
+    Raises:
+        ConfigError: there is no token for it, it refuses the token, or it serves another dataset.
+        DataError: it does not answer, or makes other plans.
+    """
+    from data_service.client import DataClient  # not needed where the run starts its own service
+
+    service = config.data.service
+    access = DataAccess(
+        control=service.address,
+        token=service_token(),
+        order=order_of(config),
+        dataset_digest=dataset.digest,
+        run_ahead=service.run_ahead,
+        hedge_s=service.hedge_s,
+        read_stall_s=service.read_stall_s,
+        stalled_s=service.stalled_s,
+    )
+    named = f"data.service.address={', '.join(service.address)}"
+    with contextlib.closing(DataClient(access)) as client:
+        try:
+            plan = client.plan("train")
+        except ConfigError as error:
+            raise ConfigError(f"{named}: {error}") from error
+        except DataError as error:
+            if "UNAUTHENTICATED" not in str(error):
+                raise
+            raise ConfigError(
+                f"{named}: the service refuses the token in {SERVICE_TOKEN}. Set the service's."
+            ) from error
+    if plan != train_plan(config, dataset):
+        raise CursorMismatchError(
+            f"{named}: the service makes another plan for this run than this release. Use one release for both."
+        )
+    return access
 
 
 def newest_state(config: RunConfig) -> TrainState | None:

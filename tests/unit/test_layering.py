@@ -42,15 +42,15 @@ HOMES = {
         "trainer.fragment_readers",
         "trainer.pipeline",
     ),
-    "pyarrow.flight": ("data_service.client", "data_service.connections", "data_service.server"),
+    "pyarrow.flight": ("data_service.connections", "data_service.server"),
     "grpc": (
-        "data_service.client",
         "data_service.connections",
         "data_service.control",
         "data_service.control_pb2_grpc",
-        "data_service.server",
+        "data_service.heartbeat",
     ),
     "grpc_health": ("data_service.control",),
+    "grpc_reflection": ("data_service.control",),
 }
 """The modules that may import a library with a life of its own; the rest of the product runs without it."""
 
