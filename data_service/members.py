@@ -142,27 +142,8 @@ class KnownMembers:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def _in_doubt(self, member: Member, now: float) -> bool:
-        doubt = self._doubts.get(member.worker_id)
-        return doubt is not None and now < doubt.until
-
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            self._wake.clear()
-            try:
-                while not self._reports.empty():
-                    self._report(*self._reports.get())
-                self._take(self._fetch())
-                self._silence = None
-            except DataError as error:
-                if self._silence is None and not self._closed.is_set():
-                    _LOG.warning("%s Going on with the %d workers known from before.", error, len(self._known))
-                self._silence = str(error)
-            if self._closed.wait(_SOONEST_S):
-                return
-            self._wake.wait(REFRESH_S - _SOONEST_S)
-
-    def _take(self, answer: MembersAnswer) -> None:
+    def take(self, answer: MembersAnswer) -> None:
+        """Believe the control plane, but for what it may not know yet."""
         found = {one.worker_id: one for one in answer.members}
         with self._changed:
             before = {one.worker_id: one for one in self._known}
@@ -179,3 +160,23 @@ class KnownMembers:
             self._changed.notify_all()
         if new := [one for one in self._known if one.worker_id not in before]:
             self._joined(new)
+
+    def _in_doubt(self, member: Member, now: float) -> bool:
+        doubt = self._doubts.get(member.worker_id)
+        return doubt is not None and now < doubt.until
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._wake.clear()
+            try:
+                while not self._reports.empty():
+                    self._report(*self._reports.get())
+                self.take(self._fetch())
+                self._silence = None
+            except DataError as error:
+                if self._silence is None and not self._closed.is_set():
+                    _LOG.warning("%s Going on with the %d workers known from before.", error, len(self._known))
+                self._silence = str(error)
+            if self._closed.wait(_SOONEST_S):
+                return
+            self._wake.wait(REFRESH_S - _SOONEST_S)

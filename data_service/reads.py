@@ -104,12 +104,12 @@ class TicketRead:
                 return min(self._pause_until, deadline)
             return min(now + self._access.hedge_s / 2, deadline)
         newest, hedge_s = running[-1], self._access.hedge_s
-        if now - newest.since >= hedge_s:
+        if now >= newest.since + hedge_s:
             self._members.failed(newest.member.worker_id, f"no answer for {hedge_s} s")
             if len(running) >= _MAX_AT_ONCE or not self._ask_next(now):
                 newest.since, newest.pinged = now, False
             return min(now + hedge_s / 2, deadline)
-        if now - newest.since >= hedge_s / 2 and not newest.pinged:
+        if now >= newest.since + hedge_s / 2 and not newest.pinged:
             newest.pinged = True
             self._ping(self, newest)
         return min(newest.since + (hedge_s if newest.pinged else hedge_s / 2), deadline)

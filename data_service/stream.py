@@ -21,14 +21,14 @@ from data_service.access import DataAccess
 from data_service.connections import Connections
 from data_service.delivery import RangeArrays, Wanted, check_answer
 from data_service.errors import DataStalledError, DataUnavailableError, ShardCorruptError
-from data_service.order import rows_of_batches, shards_of
-from data_service.ownership import owners
+from data_service.order import rows_of_batches
+from data_service.ownership import owners_of_rows
 from data_service.plan import Plan
 from data_service.reads import Attempt, TicketRead, stalled_error
 from data_service.schema import BatchSlice
 from data_service.ticket import (
+    MAX_MEMBERS,
     MAX_TICKET_BATCHES,
-    MAX_TICKET_MEMBERS,
     MAX_TICKET_ROWS,
     MAX_TICKET_TOKENS,
     Ticket,
@@ -189,7 +189,7 @@ class Stream:
             DataStalledError: when none became known for `stalled_s`.
         """
         plan, into = self._plan, piece.range
-        members = self._connections.members.trusted()[:MAX_TICKET_MEMBERS]
+        members = self._connections.members.trusted()[:MAX_MEMBERS]
         if not members:
             self._alone_since = now if self._alone_since is None else self._alone_since
             if now - self._alone_since >= self._access.stalled_s:
@@ -207,7 +207,7 @@ class Stream:
                 self._read(into, Ticket(plan, into.first, into.last, piece.slots, (), 0), everything, now)
             return True
         names = tuple(one.worker_id for one in members)
-        owner = owners(plan, names, *shards_of(plan, rows.row_id))
+        owner = owners_of_rows(plan, names, rows.row_id)
         for number in np.flatnonzero(np.bincount(owner, minlength=len(names))).tolist():
             mine = np.flatnonzero(owner == number)
             wanted = Wanted(rows.batch[mine], rows.slot[mine], rows.row_id[mine], place[mine])

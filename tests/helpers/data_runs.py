@@ -19,7 +19,7 @@ from data_service.hashing import sample_hash
 from data_service.manifest import read_manifest
 from data_service.plan import OrderSpec
 from data_service.rows import ShardRows
-from data_service.server import DataWorker, RowSourceFactory
+from data_service.server import DataWorker, ShardRowsFactory
 
 TOKEN = "a-token-for-tests"
 GLOBAL_BATCH = 8
@@ -97,7 +97,7 @@ class Service:
 
 @contextlib.contextmanager
 def running_service(
-    dataset: str, order: OrderSpec, sources: Sequence[RowSourceFactory] = (ShardRows,)
+    dataset: str, order: OrderSpec, sources: Sequence[ShardRowsFactory] = (ShardRows,)
 ) -> Iterator[Service]:
     """A control plane and one worker in this process for each row source."""
     control = ControlServer(dataset, TOKEN)

@@ -225,7 +225,12 @@ def _document_shards(part: WrittenPart, shard_rows: int) -> list[tuple[Shard, in
 
 
 def stream_dataset(
-    folder: Path, *, tokens: Sequence[int] = (9000, 4000), eval_tokens: int = 1500, seed: int = 1
+    folder: Path,
+    *,
+    tokens: Sequence[int] = (9000, 4000),
+    eval_tokens: int = 1500,
+    shard_tokens: int = 2048,
+    seed: int = 1,
 ) -> WrittenDataset:
     """A stream dataset of one source for each size in `tokens`, several shards each, and one of eval rows."""
     train = [
@@ -233,4 +238,4 @@ def stream_dataset(
         for number, size in enumerate(tokens)
     ]
     held_out = [WrittenPart("source0", random_documents(seed * 100 + 99, eval_tokens))]
-    return write_dataset(folder, {"train": train, "eval": held_out})
+    return write_dataset(folder, {"train": train, "eval": held_out}, shard_tokens=shard_tokens)

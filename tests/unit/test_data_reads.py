@@ -1,0 +1,265 @@
+"""Whom a client asks and when it asks another: members, doubts, hedges and ends, under a clock of the test."""
+
+import time
+
+import numpy as np
+import pytest
+
+from data_service.access import DataAccess
+from data_service.delivery import Wanted
+from data_service.errors import DataStalledError, DataUnavailableError, ShardCorruptError
+from data_service.members import KnownMembers, Member, MembersAnswer
+from data_service.plan import PLAN_VERSION, Plan, PlanPart, Segment
+from data_service.reads import TicketRead
+from data_service.ticket import Ticket
+from tests.helpers.data_runs import TOKEN, small_order
+
+PLAN = Plan(
+    version=PLAN_VERSION,
+    dataset_digest="made-up",
+    split="train",
+    rows="stream",
+    seed=1,
+    seq_len=32,
+    global_batch=8,
+    window_shards=3,
+    shuffle=True,
+    isolate_documents=False,
+    loss_masks=False,
+    num_labels=0,
+    parts=(PlanPart("a", 0, 1000, 64),),
+    segments=(Segment(0, (1,)),),
+    skip=(),
+)
+ACCESS = DataAccess(("a:1",), TOKEN, small_order(), "made-up", hedge_s=0.3, read_stall_s=3.0, stalled_s=20.0)
+NAMES = ("w0", "w1", "w2", "w3")
+
+
+def member(name, alive=True):
+    return Member(name, f"{name}:1", alive)
+
+
+def answer(*members, settled=True):
+    return MembersAnswer(members, settled)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def known(clock, *answers, reports=None):
+    """Members that were told `answers`, one after the other, without a thread."""
+    view = KnownMembers(lambda: answer(), lambda *report: reports.append(report), lambda new: None, clock)
+    for one in answers:
+        view.take(one)
+    return view
+
+
+def names(members):
+    return [one.worker_id for one in members]
+
+
+def test_members_are_those_that_the_control_plane_names():
+    view = known(Clock(), answer(member("w1"), member("w0")), answer(member("w2"), member("w1", alive=False)))
+    assert names(view.known()) == ["w1", "w2"]
+    assert names(view.trusted()) == ["w2"]
+
+
+def test_a_new_control_plane_makes_no_worker_unknown():
+    view = known(Clock(), answer(member("w0"), member("w1")), answer(settled=False))
+    assert names(view.trusted()) == ["w0", "w1"]
+    view.take(answer(Member("w2", "w0:1", True), settled=False))
+    assert names(view.trusted()) == ["w1", "w2"], "a worker started again at an address replaces the one before"
+    view.take(answer(member("w2")))
+    assert names(view.trusted()) == ["w2"]
+    view.take(answer())
+    assert names(view.trusted()) == ["w2"], "the last worker is asked rather than none"
+
+
+def test_a_worker_that_failed_is_avoided_for_longer_each_time_until_it_serves():
+    clock = Clock()
+    view = known(clock, answer(*map(member, NAMES)))
+    for seconds in (1.0, 2.0, 4.0):
+        view.failed("w1", "gone")
+        view.failed("w1", "gone, as seen by a second read")
+        clock.now += seconds - 0.01
+        assert names(view.trusted()) == ["w0", "w2", "w3"]
+        clock.now += 0.02
+        assert names(view.trusted()) == list(NAMES)
+    view.failed("w1", "gone")
+    view.served("w1")
+    assert names(view.trusted()) == list(NAMES)
+    view.failed("w1", "gone")
+    clock.now += 1.01
+    assert names(view.trusted()) == list(NAMES), "the count began anew"
+    for one in NAMES:
+        view.failed(one, "gone")
+    assert names(view.trusted()) == list(NAMES), "with all in doubt, all are asked"
+
+
+def test_the_view_is_refreshed_at_once_after_a_failure_and_survives_silence():
+    asked, reports, joined = [], [], []
+    answers = [answer(member("w0")), DataUnavailableError("silent"), answer(member("w0"), member("w1"))]
+
+    def fetch():
+        asked.append(time.monotonic())
+        one = answers[min(len(asked), len(answers)) - 1]
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+    view = KnownMembers(fetch, lambda *report: reports.append(report), lambda new: joined.extend(names(new)))
+    view.start()
+    view.wait(5.0)
+    assert names(view.known()) == ["w0"]
+    began = time.monotonic()
+    view.failed("w0", "gone")
+    while len(asked) < 2:
+        assert time.monotonic() - began < 0.9, "a refresh waited for its turn"
+        time.sleep(0.005)
+    while view.silence is None:
+        time.sleep(0.005)
+    assert names(view.known()) == ["w0"]
+    assert reports == [("w0", "gone")]
+    while len(view.known()) < 2:
+        assert time.monotonic() - began < 5
+        time.sleep(0.01)
+    assert joined == ["w0", "w1"]
+    assert view.silence is None
+    view.close()
+    view.join(5.0)
+    asked_before = len(asked)
+    time.sleep(1.1)
+    assert len(asked) == asked_before
+
+
+class Asked:
+    """A read of rows that w1 owns, and what it asked of whom."""
+
+    def __init__(self, view, clock, access=ACCESS, members=NAMES):
+        self.clock = clock
+        self.attempts, self.pings = [], []
+        rows = np.arange(8)
+        wanted = Wanted(rows * 0, rows.astype(np.uint32), rows.astype(np.uint64), rows)
+        ticket = Ticket(PLAN, 5, 6, (0, 8), members, 1)
+        self.read = TicketRead(
+            ticket,
+            wanted,
+            access,
+            view,
+            lambda _, attempt: self.attempts.append(attempt),
+            lambda _, attempt: self.pings.append(attempt),
+            clock(),
+        )
+
+    def until(self, seconds):
+        """Let time pass, looking whenever the read wants to be looked at."""
+        end = self.clock.now + seconds
+        while self.clock.now < end:
+            due = self.read.watch(self.clock.now)
+            assert due > self.clock.now
+            self.clock.now = min(due, end)
+        self.read.watch(self.clock.now)
+
+    @property
+    def names(self):
+        return [one.member.worker_id for one in self.attempts]
+
+
+def test_a_silent_worker_is_pinged_and_then_a_second_one_asked():
+    clock, reports = Clock(), []
+    view = known(clock, answer(*map(member, NAMES)), reports=reports)
+    asked = Asked(view, clock)
+    asked.until(0.14)
+    assert (asked.names, len(asked.pings)) == (["w1"], 0)
+    asked.until(0.02)
+    assert (asked.names, len(asked.pings)) == (["w1"], 1)
+    asked.until(0.15)
+    assert len(asked.names) == 2
+    assert names(view.trusted()) == ["w0", "w2", "w3"]
+    asked.until(0.31)
+    assert len(asked.names) == len(set(asked.names)) == 3
+    asked.until(5.0)
+    assert len(asked.names) == 3, "at most three are asked at a time"
+    asked.read.finish(asked.attempts[2])
+    assert all(one.over for one in asked.attempts)
+
+
+def test_a_worker_that_answers_pings_is_at_work_and_is_waited_for():
+    clock = Clock()
+    asked = Asked(known(clock, answer(*map(member, NAMES))), clock)
+    for _ in range(20):
+        asked.until(0.16)
+        asked.read.alive(asked.pings[-1], clock())
+    assert asked.names == ["w1"]
+    assert len(asked.pings) == 20
+
+
+def test_failures_go_round_and_end_when_nobody_answered_in_time():
+    clock = Clock()
+    view = known(clock, answer(*map(member, NAMES)))
+    asked = Asked(view, clock)
+    began = clock()
+
+    def run():
+        while True:
+            due = asked.read.watch(clock())
+            for attempt in asked.attempts:
+                if not attempt.over:
+                    clock.now += 0.5
+                    asked.read.failed(attempt, DataUnavailableError(f"{attempt.member.worker_id} is gone"))
+                    break
+            else:
+                clock.now = due
+
+    with pytest.raises(DataStalledError, match=r"batches 5 to 5 .* 20\.0 s \(data\.service\.stalled_s\).*w\d is gone"):
+        run()
+    assert clock() - began == pytest.approx(20.0, abs=0.6)
+    assert asked.names[0] == "w1"
+    rounds = [tuple(sorted(asked.names[at : at + 4])) for at in range(0, len(asked.names) - 3, 4)]
+    assert set(rounds) == {NAMES}, "each round asks everybody once"
+    assert asked.attempts[0].timeout_s > 3.0
+
+
+def test_a_worker_that_joins_later_answers_an_old_ticket():
+    clock = Clock()
+    view = known(clock, answer(member("w1")))
+    asked = Asked(view, clock, members=("w0", "w1"))
+    asked.until(0.4)
+    assert asked.names == ["w1"]
+    view.take(answer(member("w1"), member("w9")))
+    asked.until(0.4)
+    assert asked.names == ["w1", "w9"]
+
+
+def test_damage_is_told_once_all_that_live_found_it():
+    clock = Clock()
+    view = known(clock, answer(member("w0"), member("w1"), member("w2")))
+    asked = Asked(view, clock)
+
+    def end(number, error):
+        asked.read.watch(clock())
+        asked.read.failed(asked.attempts[number], error)
+
+    end(0, ShardCorruptError("train-00001.arrow in w1"))
+    end(1, DataUnavailableError("gone"))
+    gone = asked.attempts[1].member.worker_id
+    end(2, ShardCorruptError("train-00001.arrow in the other"))
+    asked.read.watch(clock())
+    asked.until(0.15)
+    assert asked.names[3:] == [gone], "the one that failed may still have it whole"
+    asked.read.failed(asked.attempts[3], DataUnavailableError("gone"))
+    view.take(answer(*(member(name, name != gone) for name in ("w0", "w1", "w2"))))
+    with pytest.raises(ShardCorruptError, match="in w1"):
+        asked.until(1.0)
+
+
+def test_an_unknown_service_is_named_as_such():
+    clock = Clock()
+    asked = Asked(known(clock, answer()), clock)
+    with pytest.raises(DataStalledError, match="no data worker is registered"):
+        asked.until(21.0)
