@@ -1,30 +1,33 @@
-"""Token ids: a byte-level BPE trained on the corpus, or an existing tokenizer, both as one folder of files.
+"""Token ids: a byte-level BPE or unigram model trained on the corpus, or an existing tokenizer, as one folder of files.
 
-The folder (`tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`) is what `transformers.AutoTokenizer`
-loads. Every document ends with the end token; text that spells a special token is encoded as ordinary text, so no
-document can end another.
+The folder (`tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`, and `chat_template.jinja` where there
+is one) is what `transformers.AutoTokenizer` loads. Every document ends with the end token; text that spells a special
+token is encoded as ordinary text, so no document can end another.
 
-Owns training, reading and writing that folder. Refuses a tokenizer without an end token.
+Owns training, the sample that is trained on, reading and writing that folder. Refuses a tokenizer without an end token.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from data_service import storage
 from data_service.config import TokenizerTrainConfig
 from data_service.errors import ConfigError
+from data_service.unigram import train_bpe, train_unigram
 
 __all__ = [
     "END_TOKEN",
     "TokenizerFiles",
+    "TrainingSample",
     "encode_documents",
     "folder_digest",
     "load_encoder",
@@ -37,7 +40,10 @@ END_TOKEN = "<|endoftext|>"
 _JSON = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIALS = "special_tokens_map.json"
-_FILES = (_JSON, _CONFIG, _SPECIALS)
+_TEMPLATE = "chat_template.jinja"
+_FILES = (_JSON, _CONFIG, _SPECIALS, _TEMPLATE)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_SAMPLE_BITS = 20
 _KNOWN_END_TOKENS = (END_TOKEN, "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
@@ -50,6 +56,23 @@ class TokenizerFiles:
     vocab_size: int
     """Ids are below it; special tokens are counted."""
     eos_id: int
+    special_tokens: Mapping[str, str]
+    """`bos_token`, `eos_token` and so on, as chat templates know them → their texts."""
+    control_tokens: tuple[str, ...]
+    """Texts of all special tokens, sorted."""
+    control_ids: frozenset[int]
+    """Their ids."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template, where the tokenizer has one."""
+        found = dict(self.files).get(_TEMPLATE)
+        return None if found is None else found.decode()
+
+    def with_chat_template(self, template: str) -> "TokenizerFiles":
+        """The same tokenizer with another chat template."""
+        files = {**dict(self.files), _TEMPLATE: template.encode()}
+        return replace(self, files=tuple(sorted(files.items())))
 
     @property
     def digest(self) -> str:
@@ -72,28 +95,62 @@ def _digest(files: Sequence[tuple[str, bytes]]) -> str:
 
 def folder_digest(folder_uri: str) -> str | None:
     """`TokenizerFiles.digest` of what lies in a folder; None when a file of it is gone."""
-    try:
-        return _digest([(name, storage.read_bytes(storage.join(folder_uri, name))) for name in sorted(_FILES)])
-    except FileNotFoundError:
-        return None
+    found = []
+    for name in sorted(_FILES):
+        try:
+            found.append((name, storage.read_bytes(storage.join(folder_uri, name))))
+        except FileNotFoundError:
+            if name != _TEMPLATE:
+                return None
+    return _digest(found)
 
 
-def train_tokenizer(config: TokenizerTrainConfig, texts: Iterator[str]) -> TokenizerFiles:
-    """Train a byte-level BPE (GPT-2's pre-tokenizer, no merges across words) on `texts`.
+class TrainingSample:
+    """Which documents a tokenizer is trained on: those of the smallest hashes, as many as `max_bytes` take.
 
-    The result depends on the texts and their order alone, not on threads.
+    Sizes are summed by the upper 20 bits of the hash, so the choice follows from the set of documents, whatever their
+    order, and costs 8 MiB.
     """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+
+    def __init__(self, max_bytes: int) -> None:
+        """Set up; no document was seen yet."""
+        self._max_bytes = max_bytes
+        self._bytes = np.zeros(1 << _SAMPLE_BITS, dtype=np.int64)
+
+    def add(self, hashes: npt.NDArray[np.uint64], sizes: npt.NDArray[np.integer]) -> None:
+        """Tell of documents: the first 8 bytes of the hash of their text [n], little-endian, and their bytes [n]."""
+        bins = (hashes >> np.uint64(64 - _SAMPLE_BITS)).astype(np.int64)
+        np.add.at(self._bytes, bins, sizes.astype(np.int64))
+
+    def below(self, first: int = 0) -> int:
+        """The hash behind the last one to train on, 2^64 where all are taken; `first` is the least (`eval_below`)."""
+        start = first >> (64 - _SAMPLE_BITS)
+        if start >= self._bytes.size:
+            return 1 << 64
+        ends = np.cumsum(self._bytes[start:])
+        # One bin at least: the first that holds anything.
+        taken = max(int(np.searchsorted(ends, self._max_bytes, side="right")), int(np.argmax(ends > 0)) + 1)
+        return (start + taken) << (64 - _SAMPLE_BITS)
+
+
+def train_tokenizer(
+    config: TokenizerTrainConfig, texts: Callable[[], Iterable[str]], template: str | None = None
+) -> TokenizerFiles:
+    """Train a byte-level tokenizer (GPT-2's pre-tokenizer, no piece across words).
+
+    The result depends on the texts and their order alone, not on threads or the process.
+
+    Args:
+        config: model and size.
+        texts: the texts to train on, the same at each call: a unigram model reads them several times. Of a chat, the
+            contents of its messages.
+        template: a chat template to keep in the folder; what it writes as `<|name|>` becomes a special token.
+    """
+    specials = sorted({END_TOKEN, *re.findall(r"<\|[A-Za-z0-9_]+\|>", template or "")})
+    if config.model == "unigram":
+        tokenizer = train_unigram(texts, config.vocab_size, specials)
+    else:
+        tokenizer = train_bpe(texts(), config.vocab_size, config.min_frequency, specials)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_TOKEN,
@@ -102,11 +159,13 @@ def train_tokenizer(config: TokenizerTrainConfig, texts: Iterator[str]) -> Token
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
-    specials = {key: END_TOKEN for key in ("bos_token", "eos_token", "pad_token")}
-    return _files(tokenizer.to_str(), settings, specials, END_TOKEN)
+    named = {key: END_TOKEN for key in ("bos_token", "eos_token", "pad_token")}
+    return _files(tokenizer.to_str(), settings, named, END_TOKEN, template)
 
 
-def _files(text: str, settings: dict[str, Any], specials: dict[str, Any], end_token: str) -> TokenizerFiles:
+def _files(
+    text: str, settings: dict[str, Any], specials: dict[str, Any], end_token: str, template: str | None
+) -> TokenizerFiles:
     tokenizer = Tokenizer.from_str(text)
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     contents = {
@@ -114,10 +173,17 @@ def _files(text: str, settings: dict[str, Any], specials: dict[str, Any], end_to
         _CONFIG: (json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(),
         _SPECIALS: (json.dumps(specials, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode(),
     }
+    if template is not None:
+        contents[_TEMPLATE] = template.encode()
+    named = {key: _token_text(settings.get(key)) or _token_text(specials.get(key)) for key in _NAMED_TOKENS}
+    control = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return TokenizerFiles(
         files=tuple(sorted(contents.items())),
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=vocabulary[end_token],
+        special_tokens={key: value for key, value in named.items() if value is not None},
+        control_tokens=tuple(sorted(control)),
+        control_ids=frozenset(control.values()),
     )
 
 
@@ -158,7 +224,23 @@ def read_tokenizer(path: str) -> TokenizerFiles:
         )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings, "eos_token": end_token}
     settings.setdefault("pad_token", end_token)
-    return _files(text, settings, {**specials, "eos_token": end_token}, end_token)
+    template = _chat_template(folder, settings.pop("chat_template", None))
+    return _files(text, settings, {**specials, "eos_token": end_token}, end_token, template)
+
+
+def _chat_template(folder: str, configured: object) -> str | None:
+    """The template beside a tokenizer: the file before the key, the one named `default` of several."""
+    uri = storage.join(folder, _TEMPLATE)
+    try:
+        return storage.read_bytes(uri).decode()
+    except FileNotFoundError:
+        pass
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"data.tokenizer.path: {uri} is not UTF-8: {error}. Repair or remove it.") from error
+    if isinstance(configured, list):
+        named = {one.get("name"): one.get("template") for one in configured if isinstance(one, dict)}
+        configured = named.get("default")
+    return configured if isinstance(configured, str) else None
 
 
 def _optional_object(uri: str) -> dict[str, Any]:
