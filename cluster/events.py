@@ -22,10 +22,10 @@ class Event(StrEnum):
     RUN_STARTED = "run_started"  # config_digest, pid, resumed
     STATE_CHANGED = "state_changed"  # previous
     NODES_READY = "nodes_ready"  # nodes: [{node_id, host, slots, pid}], all known by now
-    DATASET_READY = "dataset_ready"  # digest, documents, tokens, rejects, seconds
-    DATA_SERVICE_READY = (
-        "data_service_ready"  # workers: [{role, node_id, address, pid}] that serve by now; again after each repair
-    )
+    DATASET_READY = "dataset_ready"  # digest, generation, documents, tokens, rejects, seconds
+    # workers: [{role, node_id, address, pid}] that serve by now; again after each repair. With a service that ran before
+    # the run no workers, and control: its addresses
+    DATA_SERVICE_READY = "data_service_ready"
     ATTEMPT_STARTED = "attempt_started"  # dp, pp, resume_step, ranks: [{rank, node_id, slot}]
     ATTEMPT_RUNNING = "attempt_running"  # phases: seconds by phase, the slowest rank's
     RANK_LOST = "rank_lost"  # rank, node_id, exit_code, error (its class), reason
