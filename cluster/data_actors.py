@@ -8,6 +8,7 @@ controller's process: when that ends, whatever ends it, they end too.
 import logging
 import os
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.errors import ClusterError
 from data_service.access import DataAccess
-from data_service.config import DataConfig
+from data_service.bearer import TOKEN_VARIABLE, read_token
+from data_service.config import DataServiceConfig
 from data_service.errors import StormjibError
+from data_service.plan import OrderSpec
 
 __all__ = ["DataServiceHandle"]
 
@@ -39,20 +42,32 @@ NODE_S = 15.0
 """An actor on a dead node is reported after this time, should nobody have noticed the node's loss until then."""
 FAILED_STARTS = 5
 """So many starts in a row may fail, with no actor coming up between them, before the service gives up."""
+METRICS_PORTS = 64
+"""So many ports from `data.service.metrics_port` on are tried."""
+
+_Start = tuple[str, int, str | None]
+"""`host:port`, process id, and `host:port` of the metrics where they are served."""
 
 
 class _ControlActor:
     """The control plane in an actor's process."""
 
     def __init__(
-        self, dataset_uri: str, seed: int, config: DataConfig, global_batch: int, token: str, host: str, port: int
+        self, dataset_uri: str, dataset_digest: str, token: str, host: str, port: int, metrics_port: int | None
     ) -> None:
         from data_service.control import ControlServer
 
-        self._server = ControlServer(dataset_uri, seed, config, global_batch, token, host=host, port=port)
+        self._server = ControlServer(
+            dataset_uri,
+            token,
+            dataset_digest=dataset_digest,
+            host=host,
+            port=port,
+            metrics_port=_free_from(host, metrics_port),
+        )
 
-    def start(self) -> tuple[str, int]:
-        """Serve; returns `host:port` and the process id.
+    def start(self) -> _Start:
+        """Serve; returns where.
 
         Raises:
             OSError: the port stays taken.
@@ -60,7 +75,7 @@ class _ControlActor:
         deadline = time.monotonic() + PORT_S
         while True:
             try:
-                return self._server.start(), os.getpid()
+                return self._server.start(), os.getpid(), self._server.metrics_address
             except OSError:
                 if time.monotonic() > deadline:
                     raise
@@ -73,14 +88,31 @@ class _ControlActor:
 class _WorkerActor:
     """A data worker in an actor's process."""
 
-    def __init__(self, dataset_uri: str, control: str, token: str, host: str, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        dataset_uri: str,
+        dataset_digest: str,
+        control: str,
+        token: str,
+        host: str,
+        config: DataServiceConfig,
+    ) -> None:
         from data_service.server import DataWorker
 
-        self._worker = DataWorker(dataset_uri, control, token, host=host, cache_bytes=cache_bytes)
+        self._worker = DataWorker(
+            dataset_uri,
+            control,
+            token,
+            dataset_digest=dataset_digest,
+            host=host,
+            cache_dir=config.cache_dir,
+            cache_bytes=config.cache_bytes,
+            metrics_port=_free_from(host, config.metrics_port),
+        )
 
-    def start(self) -> tuple[str, int]:
-        """Serve and register; returns `host:port` and the process id."""
-        return self._worker.start(), os.getpid()
+    def start(self) -> _Start:
+        """Serve and register; returns where."""
+        return self._worker.start(), os.getpid(), self._worker.metrics_address
 
     def ping(self) -> None:
         """Answer."""
@@ -107,10 +139,10 @@ class DataServiceHandle:
     def __init__(
         self,
         dataset_uri: str,
-        config: DataConfig,
+        config: DataServiceConfig,
         *,
-        seed: int,
-        global_batch: int,
+        order: OrderSpec,
+        dataset_digest: str,
         host_by_node: Mapping[str, str],
         head_node: str,
     ) -> None:
@@ -118,19 +150,20 @@ class DataServiceHandle:
 
         Args:
             dataset_uri: the prepared dataset; every node must read it.
-            config: the `data` section; `service` says how many workers.
-            seed: decides the order of rows.
-            global_batch: rows of an optimizer step.
+            config: how many workers, their caches and deadlines.
+            order: what the run asks of the order of its rows.
+            dataset_digest: the generation of the dataset that the run reads.
             host_by_node: node id → address of the nodes that workers may run on.
             head_node: node id of Ray's head, which carries the control plane.
         """
         self._dataset_uri = dataset_uri
         self._config = config
-        self._seed = seed
-        self._global_batch = global_batch
+        self._order = order
+        self._dataset_digest = dataset_digest
         self._hosts = dict(host_by_node)
         self._head_node = head_node
-        self._token = secrets.token_hex(32)
+        # Who sets the token may scrape the metrics too.
+        self._token = read_token(None) if os.environ.get(TOKEN_VARIABLE) else secrets.token_hex(32)
         self._control: _Served | None = None
         self._control_address = ""
         self._failed_starts = 0
@@ -149,7 +182,7 @@ class DataServiceHandle:
         self._control = self._start_control(port=0)
         self._control_address = self._address(self._control)
         self._add_workers()
-        self._await_workers(self._config.service.workers)
+        self._await_workers(self._config.workers)
         return self._access()
 
     def repair(self, host_by_node: Mapping[str, str]) -> DataAccess:
@@ -208,13 +241,18 @@ class DataServiceHandle:
         return dead
 
     def describe(self) -> list[dict[str, str | int]]:
-        """Role (`control` or `worker`), node, address and process of each actor that has started."""
+        """Role (`control` or `worker`), node, address and process of each actor that has started.
+
+        Where metrics are served, `metrics_address` too.
+        """
         described: list[dict[str, str | int]] = []
         for item in [*([self._control] if self._control is not None else []), *self._workers]:
             found = _result(item)
             if isinstance(found, tuple):
-                address, pid = found
+                address, pid, metrics_address = found
                 described.append({"role": item.role, "node_id": item.node_id, "address": address, "pid": pid})
+                if metrics_address is not None:
+                    described[-1]["metrics_address"] = metrics_address
         return described
 
     def stop(self) -> None:
@@ -227,12 +265,11 @@ class DataServiceHandle:
         """Start the control plane on the head; 0 takes any port."""
         arguments = (
             self._dataset_uri,
-            self._seed,
-            self._config,
-            self._global_batch,
+            self._dataset_digest,
             self._token,
             self._head_host(),
             port,
+            self._config.metrics_port,
         )
         return _start("control", self._head_node, arguments)
 
@@ -264,11 +301,17 @@ class DataServiceHandle:
         if not self._hosts:
             raise ClusterError("No node is left for a data worker. Add nodes.")
         per_node = Counter(worker.node_id for worker in self._workers)
-        for _ in range(self._config.service.workers - len(self._workers)):
+        for _ in range(self._config.workers - len(self._workers)):
             node = min(self._hosts, key=lambda node_id: per_node[node_id])
             per_node[node] += 1
-            cache_bytes = self._config.service.cache_bytes
-            arguments = (self._dataset_uri, self._control_address, self._token, self._hosts[node], cache_bytes)
+            arguments = (
+                self._dataset_uri,
+                self._dataset_digest,
+                self._control_address,
+                self._token,
+                self._hosts[node],
+                self._config,
+            )
             self._workers.append(_start("worker", node, arguments))
 
     def _await_workers(self, num_workers: int) -> None:
@@ -334,9 +377,9 @@ class DataServiceHandle:
     def _address(self, served: _Served) -> str:
         return self._started(served)[0]
 
-    def _started(self, served: _Served) -> tuple[str, int]:
+    def _started(self, served: _Served) -> _Start:
         try:
-            started: tuple[str, int] = ray.get(served.started, timeout=START_S)
+            started: _Start = ray.get(served.started, timeout=START_S)
             return started
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, StormjibError):
@@ -346,14 +389,32 @@ class DataServiceHandle:
             ) from error
 
     def _access(self) -> DataAccess:
-        service = self._config.service
+        config = self._config
         return DataAccess(
             control=(self._control_address,),
             token=self._token,
-            run_ahead=service.run_ahead,
-            read_stall_s=service.read_stall_s,
-            stalled_s=service.stalled_s,
+            order=self._order,
+            dataset_digest=self._dataset_digest,
+            run_ahead=config.run_ahead,
+            hedge_s=config.hedge_s,
+            read_stall_s=config.read_stall_s,
+            stalled_s=config.stalled_s,
         )
+
+
+def _free_from(host: str, port: int | None) -> int | None:
+    """The first free port from this one on: several actors of the service may be on one node. 0 and None stay."""
+    if not port:
+        return port
+    for candidate in range(port, min(port + METRICS_PORTS, 65_536)):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+        return candidate
+    raise OSError(f"data.service.metrics_port={port}: it and the {METRICS_PORTS - 1} ports behind it are taken.")
 
 
 def _start(role: Literal["control", "worker"], node_id: str, arguments: tuple[Any, ...]) -> _Served:
@@ -370,13 +431,13 @@ def _start(role: Literal["control", "worker"], node_id: str, arguments: tuple[An
     return _Served(role, node_id, actor, actor.start.remote())
 
 
-def _result(served: _Served) -> tuple[str, int] | RayError | None:
-    """Address and process id of an actor that has started, why it did not, or None while it starts."""
+def _result(served: _Served) -> _Start | RayError | None:
+    """Where an actor that has started serves, why it did not, or None while it starts."""
     ready, _ = ray.wait([served.started], timeout=0.0)
     if not ready:
         return None
     try:
-        started: tuple[str, int] = ray.get(ready[0])
+        started: _Start = ray.get(ready[0])
     except RayError as error:
         return error
     return started

@@ -31,7 +31,7 @@ from data_service.membership import HEARTBEAT_S, Membership
 from data_service.metrics import ControlMetrics, MetricsServer, WorkerCounters
 from data_service.plan import OrderSpec, Split, make_plan
 
-__all__ = ["MAX_ORDER_BYTES", "ControlServer"]
+__all__ = ["MAX_ORDER_BYTES", "WORKERS_HEALTH", "ControlServer"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _MAX_PLANS = 64
 _HEALTH_EVERY_S = 0.5
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _SERVICE = pb.DESCRIPTOR.services_by_name["DataControl"].full_name
-_WORKERS_HEALTH = _SERVICE.replace("DataControl", "DataWorkers")
+WORKERS_HEALTH = _SERVICE.replace("DataControl", "DataWorkers")
 _WORKER_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _ADDRESS = re.compile(r"[A-Za-z0-9._:\[\]-]{1,253}:[0-9]{1,5}")
 
@@ -237,7 +237,7 @@ class ControlServer:
         self._server.start()
         for name in ("", _SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        self._health.set(_WORKERS_HEALTH, health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health.set(WORKERS_HEALTH, health_pb2.HealthCheckResponse.NOT_SERVING)
         self._watch = threading.Thread(target=self._tell_health, args=(count,), name="data-health", daemon=True)
         self._watch.start()
         return f"{self._host}:{port}"
@@ -249,7 +249,7 @@ class ControlServer:
             now = count()[0] > 0
             if now != before:
                 status = health_pb2.HealthCheckResponse
-                self._health.set(_WORKERS_HEALTH, status.SERVING if now else status.NOT_SERVING)
+                self._health.set(WORKERS_HEALTH, status.SERVING if now else status.NOT_SERVING)
                 before = now
 
     def stop(self) -> None:

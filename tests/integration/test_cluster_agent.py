@@ -23,7 +23,7 @@ from cluster.sections import ClusterConfig, NodeConfig
 from data_service.access import DataAccess
 from data_service.prepare import prepare
 from serve.config import ServeConfig
-from tests.helpers.data_runs import GLOBAL_BATCH, SEED, reviews, small_config, write_csv
+from tests.helpers.data_runs import GLOBAL_BATCH, SEED, order_of, reviews, small_config, write_csv
 from tests.helpers.waiting import is_alive, until
 from trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from trainer.protocol import FinishedReport, StepReport, WorkerSpec, report_from_json
@@ -174,7 +174,12 @@ def test_training_goes_on_without_a_node(pool: Pool, capsys: pytest.CaptureFixtu
     hosts = {node: pool.infos[node].host for node in order}
     head = next(node.node_id for node in pool.session.nodes() if node.is_head)
     service = DataServiceHandle(
-        dataset, config, seed=SEED, global_batch=GLOBAL_BATCH, host_by_node=hosts, head_node=head
+        dataset,
+        config.service,
+        order=order_of(config),
+        dataset_digest=manifest.digest,
+        host_by_node=hosts,
+        head_node=head,
     )
     try:
         access = service.start()

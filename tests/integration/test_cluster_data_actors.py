@@ -12,9 +12,10 @@ from cluster.data_actors import DataServiceHandle
 from cluster.local_nodes import LocalCluster
 from cluster.ray_auth import shown_token
 from data_service.client import DataClient
-from data_service.prepare import prepare
-from tests.helpers.data_runs import GLOBAL_BATCH, SEED, read_hashes, reviews, small_config, write_csv
+from data_service.config import DataServiceConfig
+from tests.helpers.data_runs import read_hashes, small_order
 from tests.helpers.waiting import until
+from tests.helpers.written_datasets import stream_dataset
 
 
 def processes(service: DataServiceHandle, role: str) -> list[int]:
@@ -23,9 +24,8 @@ def processes(service: DataServiceHandle, role: str) -> list[int]:
 
 @pytest.mark.timeout(180)
 def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(tmp_path: Path) -> None:
-    config = small_config(write_csv(tmp_path / "reviews.csv", reviews(200)))
-    dataset = str(tmp_path / "dataset")
-    prepare(config, dataset)
+    dataset = stream_dataset(tmp_path / "dataset")
+    config = DataServiceConfig(metrics_port=0)
     with LocalCluster.start(nodes=2, slots=1, object_store_bytes=80 * 2**20) as cluster:
         assert cluster.head is not None
         with shown_token(cluster.client_environment()):
@@ -34,10 +34,10 @@ def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(
             cluster.kill_node(0)
             gone = cluster.nodes[0].node_id
             service = DataServiceHandle(
-                dataset,
+                dataset.uri,
                 config,
-                seed=SEED,
-                global_batch=GLOBAL_BATCH,
+                order=small_order(),
+                dataset_digest=dataset.manifest.digest,
                 host_by_node=hosts,
                 head_node=cluster.head.node_id,
             )
@@ -47,8 +47,11 @@ def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(
                 assert gone not in {item["node_id"] for item in service.describe()}
                 hosts.pop(gone)
                 client = DataClient(access)
-                truth = read_hashes(client, 0, 4, 1)
+                plan = client.plan("train")
+                truth = [dataset.hash_of_step(plan, step) for step in range(4)]
+                assert read_hashes(client, 0, 4, 1) == truth
                 client.close()
+                assert len({item["metrics_address"] for item in service.describe()}) == 3
 
                 os.kill(processes(service, "control")[0], signal.SIGKILL)
                 until(service.watch, "the loss is seen")
