@@ -128,10 +128,7 @@ class SlowOrder:
         """Row ids of the absolute batches 0 … count-1, as if none were skipped."""
         plan = self.plan
         row_streams = [self._rows_of(part) for part in plan.parts]
-        part_streams = {}
-        for source, (_, indices) in enumerate(plan.sources):
-            sizes = [plan.parts[index].num_rows for index in indices]
-            part_streams[source] = (indices[which] for which, _ in slow_counts(sizes, 10**9))
+        part_streams = [self._parts_in_turn(indices) for _, indices in plan.sources]
         found: list[list[int]] = []
         bounds = [segment.first_batch for segment in plan.segments[1:]] + [count]
         for segment, end in zip(plan.segments, bounds, strict=True):
@@ -141,6 +138,11 @@ class SlowOrder:
                 part = next(part_streams[source])
                 found[-1].append(part << 48 | next(row_streams[part]))
         return found
+
+    def _parts_in_turn(self, indices: Sequence[int]) -> Iterator[int]:
+        sizes = [self.plan.parts[index].num_rows for index in indices]
+        for which, _ in slow_counts(sizes, 10**9):
+            yield indices[which]
 
     def _rows_of(self, part: PlanPart) -> Iterator[int]:
         epoch = 0
