@@ -5,7 +5,6 @@ starts. A run stays with the generation that its checkpoints name, whatever file
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 from pydantic import ValidationError
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 from cluster.config import RunConfig
 from cluster.run_store import RunFolder
 from data_service.access import DataAccess
+from data_service.bearer import TOKEN_VARIABLE, read_token
 from data_service.config import DataConfig
 from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError, DataError
@@ -23,7 +23,6 @@ from trainer.errors import CheckpointError
 from trainer.manifest import TrainState
 
 __all__ = [
-    "SERVICE_TOKEN",
     "check_cursor",
     "check_resume",
     "dataset_of_run",
@@ -33,9 +32,6 @@ __all__ = [
     "service_token",
     "train_plan",
 ]
-
-SERVICE_TOKEN = "STORMJIB_DATA_TOKEN"
-"""Environment variable with the token of a data service that runs already."""
 
 _KEYS = {
     "seed": "run.seed",
@@ -67,13 +63,10 @@ def service_token() -> str:
     Raises:
         ConfigError: the environment holds none.
     """
-    token = os.environ.get(SERVICE_TOKEN, "")
-    if not token:
-        raise ConfigError(
-            f"data.service.address names a data service that runs already, and the variable {SERVICE_TOKEN} "
-            "is not in the environment: the service answers nobody without its token. Set it to the service's token."
-        )
-    return token
+    try:
+        return read_token(None)
+    except ConfigError as error:
+        raise ConfigError(f"data.service.address names a data service that runs already: {error}") from error
 
 
 def running_service(config: RunConfig, dataset: DatasetManifest) -> DataAccess:
@@ -106,7 +99,7 @@ def running_service(config: RunConfig, dataset: DatasetManifest) -> DataAccess:
             if "UNAUTHENTICATED" not in str(error):
                 raise
             raise ConfigError(
-                f"{named}: the service refuses the token in {SERVICE_TOKEN}. Set the service's."
+                f"{named}: the service refuses the token in {TOKEN_VARIABLE}. Set the service's."
             ) from error
     if plan != train_plan(config, dataset):
         raise CursorMismatchError(

@@ -19,6 +19,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerTrainConfig",
     "WeightChange",
+    "default_source_name",
 ]
 
 SourceFormat = Literal["csv", "tsv", "jsonl", "parquet", "arrow", "txt"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import RunConfig, load_config
-from cluster.run_data import SERVICE_TOKEN
 from data_service import storage
+from data_service.bearer import TOKEN_VARIABLE
 from data_service.errors import ConfigError, DataError
 from data_service.readers import find_files
 
@@ -110,8 +110,8 @@ def _service(config: RunConfig) -> Iterator[_Finding]:
     """A data service that is said to run already: its token, and whether its addresses take connections."""
     addresses = config.data.service.address
     if addresses:
-        set_here = bool(os.environ.get(SERVICE_TOKEN))
-        yield _Finding(set_here, f"{SERVICE_TOKEN} is {'set' if set_here else 'not set; the data service needs it'}")
+        set_here = bool(os.environ.get(TOKEN_VARIABLE))
+        yield _Finding(set_here, f"{TOKEN_VARIABLE} is {'set' if set_here else 'not set; the data service needs it'}")
     for address in addresses:
         host, _, port = address.rpartition(":")
         try:

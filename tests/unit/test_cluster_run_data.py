@@ -191,5 +191,5 @@ def test_a_running_service_needs_its_token(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("STORMJIB_DATA_TOKEN", raising=False)
     with pytest.raises(ConfigError, match=r"data.service.address.*STORMJIB_DATA_TOKEN"):
         service_token()
-    monkeypatch.setenv("STORMJIB_DATA_TOKEN", "secret")
-    assert service_token() == "secret"
+    monkeypatch.setenv("STORMJIB_DATA_TOKEN", "a-secret-of-many")
+    assert service_token() == "a-secret-of-many"
