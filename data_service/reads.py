@@ -21,7 +21,7 @@ from data_service.errors import DataStalledError, ShardCorruptError
 from data_service.members import KnownMembers, Member
 from data_service.ticket import Ticket
 
-__all__ = ["Attempt", "TicketRead"]
+__all__ = ["Attempt", "TicketRead", "stalled_error"]
 
 _LOG = logging.getLogger(__name__)
 _MAX_AT_ONCE = 3

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,11 @@ class WrittenPart:
     answers: Sequence[np.ndarray] = ()
     """bool per token of each document (document rows with loss masks)."""
 
-    @property
+    @cached_property
     def tokens(self) -> np.ndarray:
         return np.concatenate(list(self.documents))
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         return np.cumsum([0, *[one.size for one in self.documents[:-1]]]).astype(np.uint32)
 
