@@ -23,8 +23,8 @@ class Event(StrEnum):
     STATE_CHANGED = "state_changed"  # previous
     NODES_READY = "nodes_ready"  # nodes: [{node_id, host, slots, pid}], all known by now
     DATASET_READY = "dataset_ready"  # digest, generation, documents, tokens, rejects, seconds
-    # workers: [{role, node_id, address, pid}] that serve by now; again after each repair. With a service that is not the
-    # run's own none, and control: its addresses
+    # workers: [{role, node_id, address, pid}] that serve by now; again after each repair. With a service that is not
+    # the run's own none, and control: its addresses
     DATA_SERVICE_READY = "data_service_ready"
     ATTEMPT_STARTED = "attempt_started"  # dp, pp, resume_step, ranks: [{rank, node_id, slot}]
     ATTEMPT_RUNNING = "attempt_running"  # phases: seconds by phase, the slowest rank's
