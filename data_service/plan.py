@@ -88,8 +88,13 @@ class OrderSpec:
         """Check what could not be computed with; the rest is checked where a plan is made of it.
 
         Raises:
-            ValueError: for a temperature or a weight out of range, or a source that is named twice.
+            ValueError: for a number out of range, or a source that is named twice.
         """
+        if min(self.seq_len, self.global_batch, self.window_shards) < 1:
+            raise ValueError(
+                f"order: seq_len={self.seq_len}, global_batch={self.global_batch} and window_shards="
+                f"{self.window_shards} must be at least 1."
+            )
         if not _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE:
             raise ValueError(f"order: temperature={self.temperature} is not in 0.01 … 1e6.")
         for first, weights in self.weights:
@@ -213,7 +218,7 @@ class Plan:
             "parts": (len(self.parts), 1, MAX_PARTS + 1),
             "segments": (len(self.segments), 1, MAX_SEGMENTS + 1),
             "skip": (len(self.skip), 0, MAX_SKIPS + 1),
-            "the sum of parts.num_rows": (sum(part.num_rows for part in self.parts), 1, MAX_WEIGHT_SUM),
+            "the sum of parts.num_rows": (sum(part.num_rows for part in self.parts), 0, MAX_WEIGHT_SUM),
         }
         for number, part in enumerate(self.parts):
             bounds[f"parts.{number}.num_rows"] = (part.num_rows, 1, MAX_PART_ROWS)
@@ -234,6 +239,8 @@ class Plan:
         for name, (value, low, high) in bounds.items():
             if not low <= value < high:
                 raise ValueError(f"plan: {name}={value} is not in [{low}, {high}).")
+        if len({(part.source, part.generation) for part in self.parts}) < len(self.parts):
+            raise ValueError("plan: a source comes twice in one generation; its rows would come in the same order.")
         if self.segments[0].first_batch != 0:
             raise ValueError("plan: the first segment does not begin at batch 0.")
         if not self.shuffle and (len(self.segments) > 1 or self.skip):
