@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 
 from data_service import storage
 from data_service.errors import ConfigError
-from data_service.tokenizer import TokenizerFiles, read_tokenizer
+from data_service.tokenizer import END_TOKEN, TokenizerFiles, read_tokenizer, trained_specials
 
 __all__ = [
     "ChatError",
@@ -197,6 +197,17 @@ class ChatTemplate:
                 "Jinja file, or data.tokenizer.path to the tokenizer of a chat model."
             )
         return cls(files.chat_template, files.special_tokens, files.control_tokens)
+
+    @classmethod
+    def to_train(cls, template: str) -> "ChatTemplate":
+        """A template as it will be for the tokenizer that `train_tokenizer` makes with it, before that is trained.
+
+        Raises:
+            ConfigError: when it cannot be used.
+        """
+        return cls(
+            template, dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_TOKEN), trained_specials(template)
+        )
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> RenderedChat:
         """A chat as text, without a prompt for another answer.

@@ -33,6 +33,7 @@ __all__ = [
     "load_encoder",
     "read_tokenizer",
     "train_tokenizer",
+    "trained_specials",
     "write_tokenizer",
 ]
 
@@ -133,6 +134,11 @@ class TrainingSample:
         return (start + taken) << (64 - _SAMPLE_BITS)
 
 
+def trained_specials(template: str | None) -> list[str]:
+    """Special tokens of a tokenizer that is trained: the end token, and what its chat template writes as `<|name|>`."""
+    return sorted({END_TOKEN, *re.findall(r"<\|[A-Za-z0-9_]+\|>", template or "")})
+
+
 def train_tokenizer(
     config: TokenizerTrainConfig, texts: Callable[[], Iterable[str]], template: str | None = None
 ) -> TokenizerFiles:
@@ -146,7 +152,7 @@ def train_tokenizer(
             contents of its messages.
         template: a chat template to keep in the folder; what it writes as `<|name|>` becomes a special token.
     """
-    specials = sorted({END_TOKEN, *re.findall(r"<\|[A-Za-z0-9_]+\|>", template or "")})
+    specials = trained_specials(template)
     if config.model == "unigram":
         tokenizer = train_unigram(texts, config.vocab_size, specials)
     else:
