@@ -3,18 +3,15 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
 from data_service.errors import StormjibError
-from data_service.prepare import Mapper, serial
+from data_service.mapping import ItemT, Mapper, ResultT, serial
 
 __all__ = ["ray_mapper"]
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 _MOST_TASKS = 256
 """Tasks in flight at most, so that results waiting their turn stay few."""
@@ -25,7 +22,8 @@ def ray_mapper(parallel: int | None = None) -> Mapper:
 
     Tasks are spread over the nodes, with at most `parallel` in flight, and run again when their node dies. They ask Ray
     for no CPU: the run's agents hold those already, and no rank computes while data are prepared. A single item is
-    worked on in this process: the start of a worker process costs more than a megabyte of text.
+    worked on in this process: the start of a worker process costs more than a megabyte of text. Each encodes on one
+    thread.
 
     Args:
         parallel: tasks in flight; None takes the cluster's CPUs, counting this machine's once however many local nodes
@@ -64,6 +62,8 @@ def _map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], parallel:
 
 
 def _call(function: Callable[[ItemT], ResultT], item: ItemT) -> ResultT:
+    # As many tasks run as there are CPUs; more threads in each would only stand in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return function(item)
 
 

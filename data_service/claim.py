@@ -2,8 +2,10 @@
 
 On this machine's file systems the claim is a lock (flock) on a file in the folder; the kernel releases it when its
 holder ends, however that happens. The file is deleted with the claim, so a finished dataset holds none. On remote
-stores there is no such lock: preparations work under names of their own, and the manifest, published last and by one
-writer, decides (see `prepare`).
+stores there is no such lock: preparations of different things work under different names, those of the same thing write
+the same bytes, and the manifest, published last and by one writer, decides (see `prepare`).
+
+Work is done in a folder that is named by what is prepared, so that one that was killed is taken up again.
 
 Owns the lock, its wait, and the folders that killed preparations left. Refuses to know what is prepared.
 """
@@ -15,7 +17,6 @@ import logging
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +24,7 @@ from typing import BinaryIO
 from data_service import storage
 from data_service.errors import ConfigError, DataUnavailableError
 
-__all__ = ["claim_folder"]
+__all__ = ["claim_folder", "work_folder"]
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE = ".prepare.lock"
@@ -35,8 +36,8 @@ _WORK_FOLDER = re.compile(r"work-[0-9a-f]{32}")
 
 
 @contextlib.contextmanager
-def claim_folder(dataset_uri: str, wait_s: float = _WAIT_S) -> Iterator[str]:
-    """Hold a dataset folder alone, and give the URI of a work folder in it, removed at the end.
+def claim_folder(dataset_uri: str, wait_s: float = _WAIT_S) -> Iterator[None]:
+    """Hold a dataset folder alone.
 
     Args:
         dataset_uri: the folder; made where it is absent.
@@ -46,28 +47,39 @@ def claim_folder(dataset_uri: str, wait_s: float = _WAIT_S) -> Iterator[str]:
         DataUnavailableError: when another process still holds it after `wait_s`.
         ConfigError: when the file system knows no locks.
     """
-    work_uri = storage.join(dataset_uri, f"work-{uuid.uuid4().hex}")
     if not storage.is_local(dataset_uri):
-        try:
-            yield work_uri
-        finally:
-            storage.remove_tree(work_uri)
+        yield
         return
     folder = storage.local_path(dataset_uri)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder / _LOCK_FILE, wait_s)
     try:
-        for name in storage.list_names(dataset_uri):
-            if _WORK_FOLDER.fullmatch(name):
-                _LOG.info("removing %s/%s, which a preparation that was killed left behind", dataset_uri, name)
-                storage.remove_tree(storage.join(dataset_uri, name))
-        yield work_uri
+        yield
     finally:
-        storage.remove_tree(work_uri)
         # Deleted while it is held: who waits for it sees that its file has no name any more, and opens the next.
         (folder / _LOCK_FILE).unlink(missing_ok=True)
         fcntl.flock(lock, fcntl.LOCK_UN)
         lock.close()
+
+
+def work_folder(dataset_uri: str, key: str) -> str:
+    """The URI of the work folder of a key, with what a killed preparation of the same key left in it.
+
+    Those of other keys are removed, on this machine's file systems, where the claim tells that nobody works in them.
+
+    Args:
+        dataset_uri: a folder that is claimed.
+        key: 32 hexadecimal digits.
+    """
+    own = f"work-{key}"
+    if storage.is_local(dataset_uri):
+        for name in storage.list_names(dataset_uri):
+            if name == own:
+                _LOG.info("going on in %s/%s, which a preparation that was killed left behind", dataset_uri, name)
+            elif _WORK_FOLDER.fullmatch(name):
+                _LOG.info("removing %s/%s, left behind by a preparation of something else", dataset_uri, name)
+                storage.remove_tree(storage.join(dataset_uri, name))
+    return storage.join(dataset_uri, own)
 
 
 def _lock(path: Path, wait_s: float) -> BinaryIO:

@@ -1,193 +1,412 @@
-"""Reading the sources once: rejects to a list, kept documents to a spool of chunks, the split decided.
+"""Reading: one work item per source file, from records to chunks of text with their hashes.
 
-    sources ─ readers ─▶ duplicates out ─▶ chunks (Arrow: text, hash; ~1 MiB of text each)
-                 └─ rejects.jsonl
+    source file ─ readers ─▶ read/NNNNN/chunk-*.arrow    about 4 MiB of text each: text, hash, label
+                       ├───▶ read/NNNNN/run-*.bin        sorted hashes of up to half a million documents, with places
+                       └───▶ read/NNNNN/rejects-*.jsonl  file, line, reason
 
-A document is held out when the hash of its text is below a bound, so the split follows the text and not its place.
-Memory holds a digest per document (none without deduplication) and one chunk.
+Memory holds one chunk of text and the hashes of one run, however long the file is. Duplicates are still in.
 
-Owns deduplication, the split and the limit on rejects. Refuses to go on when too many records are bad.
+Owns what is in the work folder under `read/`, and the limit on rejects.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from data_service import storage
+from data_service.chat import ChatError, ChatTemplate, messages_of
 from data_service.config import DataConfig
 from data_service.errors import SourceError
-from data_service.readers import Reject, SourceFile, read_records
-from data_service.shards import SourceInfo
+from data_service.hash_files import PLACED_HASH, encode_hashes
+from data_service.readers import SourceFile, read_records
+from data_service.records import Reject
+from data_service.work_items import Result, WorkFiles, arrays_of, arrays_to_bytes, do_once
 
-__all__ = ["REJECTS_FILE", "PrepareProgress", "Spool", "check_rejects", "read_chunk", "read_sources"]
+__all__ = [
+    "CHUNK_BYTES",
+    "MAX_CLASSES",
+    "RUN_DOCUMENTS",
+    "ChatCheck",
+    "Chunk",
+    "FileSpool",
+    "ReadItem",
+    "Spool",
+    "Texts",
+    "check_rejects",
+    "check_spool",
+    "chunk_uri",
+    "read_file",
+    "read_texts",
+    "rejects_file",
+    "run_uri",
+    "write_rejects",
+]
 
-REJECTS_FILE = "rejects.jsonl"
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 4 << 20
+"""Text of a chunk, the unit of encoding."""
+RUN_DOCUMENTS = 1 << 19
+"""Documents of a run, the unit of sorting."""
+MAX_CLASSES = 65_536
 _HASH_RANGE = 2**64
+_REJECTS_OF_A_FILE = 10_000
 
 
 @dataclass(frozen=True)
-class PrepareProgress:
-    """How far a preparation is."""
+class ReadItem:
+    """One source file to read."""
 
-    stage: Literal["read", "tokenizer", "encode"]
-    done: int
-    """Source files read, or chunks encoded."""
-    total: int
+    work_uri: str
+    number: int
+    """Place of the file in the preparation."""
+    file: SourceFile
+    max_record_bytes: int
+    chunk_bytes: int
+    run_documents: int
+    with_runs: bool
+    """Whether hashes are kept for the search for duplicates."""
+    with_labels: bool
+    chat: "ChatCheck | None"
+    """The template that chats of the file must fit."""
+
+
+@dataclass(frozen=True)
+class ChatCheck:
+    """What a chat template is made of, small and without the tokenizer."""
+
+    source: str
+    special_tokens: tuple[tuple[str, str], ...] | None
+    """None where the tokenizer is yet to be trained."""
+    control_tokens: tuple[str, ...]
+
+    def template(self) -> ChatTemplate:
+        """The template."""
+        if self.special_tokens is None:
+            return ChatTemplate.to_train(self.source)
+        return ChatTemplate(self.source, dict(self.special_tokens), self.control_tokens)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents of a file."""
+
+    file: int
+    number: int
+    run: int
+    """The run of the file that holds their hashes."""
+    first: int
+    """Place of the first document in the run."""
+    num_documents: int
+    num_bytes: int
+    """Of text."""
+
+
+@dataclass(frozen=True)
+class FileSpool:
+    """What reading one file left behind."""
+
+    number: int
+    source: str
     num_records: int
-    num_rejects: int
+    reject_reasons: Mapping[str, int]
+    chunks: tuple[Chunk, ...]
+    runs: tuple[int, ...]
+    """Documents of each run."""
+    smallest: int
+    """Least hash (first 8 bytes) of a document; 2^64 without any."""
+    largest: int
+    """-1 without any."""
+    labels: tuple[str, ...]
+    """Classes in the order in which they came; a chunk's labels are places in it."""
+    num_reject_files: int
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, duplicates included."""
+        return sum(chunk.num_documents for chunk in self.chunks)
 
 
 @dataclass(frozen=True)
 class Spool:
-    """What reading left behind."""
+    """What reading all files left behind."""
 
-    chunks: list[str]
-    sources: tuple[SourceInfo, ...]
-    num_records: int
-    num_duplicates: int
-    reject_reasons: dict[str, int]
-    eval_below: int
-    """A document whose hash is below this is held out."""
+    files: tuple[FileSpool, ...]
 
-    @property
+    @cached_property
+    def num_records(self) -> int:
+        """Records, good and bad."""
+        return sum(file.num_records for file in self.files)
+
+    @cached_property
+    def reject_reasons(self) -> dict[str, int]:
+        """Kind of reason → records left out."""
+        total: Counter[str] = Counter()
+        for file in self.files:
+            total.update(file.reject_reasons)
+        return dict(sorted(total.items()))
+
+    @cached_property
     def num_rejects(self) -> int:
         """Records left out."""
         return sum(self.reject_reasons.values())
 
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All chunks, in global order."""
+        return tuple(chunk for file in self.files for chunk in file.chunks)
 
-def read_sources(
-    config: DataConfig,
-    files: list[SourceFile],
-    digests: list[str],
-    dataset_uri: str,
-    work_uri: str,
-    report: Callable[[PrepareProgress], None],
-) -> Spool:
-    """Read every file once, into the work folder: rejects to `rejects.jsonl`, kept documents to the spool."""
-    seen: set[bytes] = set()
-    smallest, largest = _HASH_RANGE, -1
-    reasons: Counter[str] = Counter()
-    sources: list[SourceInfo] = []
-    num_records = num_duplicates = 0
-    spool = _SpoolWriter(work_uri)
-    rejects_uri = storage.join(work_uri, REJECTS_FILE)
-    with storage.publish(rejects_uri) as rejects:
-        for number, file in enumerate(files):
-            report(PrepareProgress("read", number, len(files), num_records, sum(reasons.values())))
-            before, rejects_before = num_records, sum(reasons.values())
-            for record in read_records(file, config.rejects.max_record_bytes):
-                num_records += 1
-                if isinstance(record, Reject):
-                    reasons[record.reason.partition(":")[0]] += 1
-                    line = {"file": file.uri, "line": record.line, "reason": record.reason}
-                    rejects.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-                    continue
-                digest = _text_hash(record.text)
-                if config.split.deduplicate:
-                    if digest in seen:
-                        num_duplicates += 1
-                        continue
-                    seen.add(digest)
-                value = int.from_bytes(digest[:8], "little")
-                smallest, largest = min(smallest, value), max(largest, value)
-                spool.add(record.text, value)
-            sources.append(
-                SourceInfo(
-                    file=file.uri,
-                    digest=digests[number],
-                    num_records=num_records - before,
-                    num_rejects=sum(reasons.values()) - rejects_before,
-                )
+    @cached_property
+    def num_documents(self) -> int:
+        """Documents, duplicates included."""
+        return sum(file.num_documents for file in self.files)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of text."""
+        return sum(chunk.num_bytes for chunk in self.chunks)
+
+    def eval_below(self, share: float) -> int:
+        """The hash below which a document is held out.
+
+        A small corpus may have no document below `share`, or all: then the one with the smallest hash is held out, or
+        the one with the largest is kept, so that both parts have at least one.
+
+        Raises:
+            SourceError: when there is one distinct document, which cannot be on both sides.
+        """
+        smallest = min(file.smallest for file in self.files)
+        largest = max(file.largest for file in self.files)
+        if share == 0.0:
+            return 0
+        if smallest == largest:
+            raise SourceError(
+                f"data.split.eval={share}: the sources hold one distinct document, which cannot be both trained on and "
+                "held out. Add text, or set data.split.eval=0."
             )
-    spool.close()
-    report(PrepareProgress("read", len(files), len(files), num_records, sum(reasons.values())))
-    check_rejects(config, num_records, dict(reasons), dataset_uri)
-    if largest < 0:
+        return min(max(int(share * _HASH_RANGE), smallest + 1), largest)
+
+
+def rejects_file(generation: int) -> str:
+    """Path of a generation's rejects inside its dataset."""
+    return "rejects.jsonl" if generation == 0 else f"rejects.{generation:05d}.jsonl"
+
+
+def chunk_uri(work_uri: str, chunk: Chunk) -> str:
+    """Where the text of a chunk lies."""
+    return storage.join(work_uri, f"read/{chunk.file:05d}/chunk-{chunk.number:06d}.arrow")
+
+
+def run_uri(work_uri: str, file: int, run: int) -> str:
+    """Where the hashes of a run lie."""
+    return storage.join(work_uri, f"read/{file:05d}/run-{run:05d}.bin")
+
+
+def check_rejects(max_fraction: float, num_records: int, reasons: Mapping[str, int], rejects_uri: str) -> None:
+    """Raise SourceError when more than `data.rejects.max_fraction` of the records were left out."""
+    num_rejects = sum(reasons.values())
+    if num_rejects > max_fraction * num_records:
+        causes = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items()))
         raise SourceError(
-            f"{', '.join(file.uri for file in files[:5])}: {num_records} records were read and none holds text. "
+            f"data.rejects.max_fraction={max_fraction}: {num_rejects} of {num_records} records are bad ({causes}); "
+            f"{rejects_uri} names file, line and reason of each. Repair the source or raise the limit."
+        )
+
+
+def write_rejects(work_uri: str, spool: Spool, generation: int) -> None:
+    """Join the rejects of all files, in order, to `rejects_file(generation)` in the work folder."""
+    with storage.publish(storage.join(work_uri, rejects_file(generation))) as target:
+        for file in spool.files:
+            for part in range(file.num_reject_files):
+                name = f"read/{file.number:05d}/rejects-{part:05d}.jsonl"
+                target.write(storage.read_bytes(storage.join(work_uri, name)))
+
+
+def check_spool(config: DataConfig, spool: Spool, uris: list[str], rejects_uri: str) -> None:
+    """Raise SourceError when too many records were left out, or all."""
+    check_rejects(config.rejects.max_fraction, spool.num_records, spool.reject_reasons, rejects_uri)
+    if not spool.num_documents:
+        raise SourceError(
+            f"{', '.join(uris[:5])}: {spool.num_records} records were read and none holds text. "
             "Add text, or name another column in data.sources."
         )
-    return Spool(
-        chunks=spool.uris,
-        sources=tuple(sources),
-        num_records=num_records,
-        num_duplicates=num_duplicates,
-        reject_reasons=dict(sorted(reasons.items())),
-        eval_below=_eval_below(config.split.eval, smallest, largest),
+
+
+def read_file(item: ReadItem) -> FileSpool:
+    """Read one file into the work folder."""
+    result = do_once(item.work_uri, f"read/{item.number:05d}", lambda files: _Reading(item, files).run())
+    chunks = enumerate(result["chunks"])
+    return FileSpool(
+        number=item.number,
+        source=item.file.name,
+        num_records=result["num_records"],
+        reject_reasons=result["reject_reasons"],
+        chunks=tuple(Chunk(item.number, number, *values) for number, values in chunks),
+        runs=tuple(result["runs"]),
+        smallest=result["smallest"],
+        largest=result["largest"],
+        labels=tuple(result["labels"]),
+        num_reject_files=result["num_reject_files"],
     )
 
 
-def _text_hash(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+@dataclass
+class _Reading:
+    """One file being read."""
 
+    item: ReadItem
+    files: WorkFiles
+    texts: list[bytes] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    classes: list[int] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    run_hashes: list[npt.NDArray[np.uint64]] = field(default_factory=list)
+    run_size: int = 0
+    chunks: list[tuple[int, int, int, int]] = field(default_factory=list)
+    runs: list[int] = field(default_factory=list)
+    smallest: int = _HASH_RANGE
+    largest: int = -1
+    rejects: list[str] = field(default_factory=list)
+    num_reject_files: int = 0
 
-def check_rejects(config: DataConfig, num_records: int, reasons: dict[str, int], dataset_uri: str) -> None:
-    """Raise SourceError when more than `data.rejects.max_fraction` of the records were left out."""
-    num_rejects = sum(reasons.values())
-    if num_rejects > config.rejects.max_fraction * num_records:
-        causes = ", ".join(f"{count} × {reason}" for reason, count in sorted(reasons.items()))
-        raise SourceError(
-            f"data.rejects.max_fraction={config.rejects.max_fraction}: {num_rejects} of {num_records} records are bad "
-            f"({causes}); {storage.join(dataset_uri, REJECTS_FILE)} names file, line and reason of each. "
-            "Repair the source or raise the limit."
-        )
+    def run(self) -> Result:
+        """Read to the end."""
+        item = self.item
+        chat = None if item.chat is None else item.chat.template()
+        reasons: Counter[str] = Counter()
+        num_records = size = 0
+        texts, digests = self.texts, self.digests
+        for record in read_records(item.file, item.max_record_bytes):
+            num_records += 1
+            reject = record if isinstance(record, Reject) else None
+            if chat is not None and not isinstance(record, Reject):
+                try:
+                    chat.render(messages_of(record.text))
+                except ChatError as error:
+                    reject = Reject(record.line, str(error))
+            if reject is not None:
+                reasons[reject.reason.partition(":")[0]] += 1
+                line = {"file": item.file.uri, "line": reject.line, "reason": reject.reason}
+                self.rejects.append(json.dumps(line, ensure_ascii=False) + "\n")
+                if len(self.rejects) >= _REJECTS_OF_A_FILE:
+                    self._end_rejects()
+                continue
+            assert not isinstance(record, Reject)
+            data = record.text.encode()
+            texts.append(data)
+            digests.append(hashlib.blake2b(data, digest_size=16).digest())
+            if item.with_labels:
+                self.classes.append(self._class_of(record.label))
+            size += len(data)
+            if size >= item.chunk_bytes:
+                self._end_chunk(size)
+                size = 0
+        self._end_chunk(size)
+        self._end_run()
+        self._end_rejects()
+        return {
+            "num_records": num_records,
+            "reject_reasons": dict(reasons),
+            "chunks": self.chunks,
+            "runs": self.runs,
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "labels": list(self.labels),
+            "num_reject_files": self.num_reject_files,
+        }
 
+    def _end_rejects(self) -> None:
+        if self.rejects:
+            name = f"read/{self.item.number:05d}/rejects-{self.num_reject_files:05d}.jsonl"
+            self.files.write(name, "".join(self.rejects).encode())
+            self.num_reject_files += 1
+            self.rejects.clear()
 
-def _eval_below(share: float, smallest: int, largest: int) -> int:
-    """The hash below which a document is held out, given the smallest and the largest hash.
+    def _class_of(self, label: str | None) -> int:
+        if label is None:
+            return -1
+        if label not in self.labels and len(self.labels) >= MAX_CLASSES:
+            raise SourceError(
+                f"{self.item.file.uri}: the label column {self.item.file.source.label!r} has more than {MAX_CLASSES:,} "
+                f"values, at last {label[:100]!r}. Set data.sources…label to a column of classes, or remove it."
+            )
+        return self.labels.setdefault(label, len(self.labels))
 
-    A small corpus may have no document below `share`, or all: then the one with the smallest hash is held out, or the
-    one with the largest is kept, so that both parts have at least one.
-    """
-    if share == 0.0:
-        return 0
-    if smallest == largest:
-        raise SourceError(
-            f"data.split.eval={share}: the sources hold one distinct document, which cannot be both trained on and "
-            "held out. Add text, or set data.split.eval=0."
-        )
-    return min(max(int(share * _HASH_RANGE), smallest + 1), largest)
-
-
-class _SpoolWriter:
-    """Collects documents into Arrow files of about _CHUNK_BYTES of text."""
-
-    def __init__(self, work_uri: str) -> None:
-        self.uris: list[str] = []
-        self._work_uri = work_uri
-        self._texts: list[str] = []
-        self._hashes: list[int] = []
-        self._size = 0
-
-    def add(self, text: str, value: int) -> None:
-        self._texts.append(text)
-        self._hashes.append(value)
-        self._size += len(text) if text.isascii() else len(text) * 3
-        if self._size >= _CHUNK_BYTES:
-            self.close()
-
-    def close(self) -> None:
-        if not self._texts:
+    def _end_chunk(self, size: int) -> None:
+        """Write what was collected."""
+        if not self.texts:
             return
-        table = pa.table(
-            {"text": pa.array(self._texts, pa.large_string()), "hash": pa.array(self._hashes, pa.uint64())}
-        )
-        uri = storage.join(self._work_uri, f"chunk-{len(self.uris):06d}.arrow")
-        with storage.publish(uri) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        self.uris.append(uri)
-        self._texts, self._hashes, self._size = [], [], 0
+        hashes = np.frombuffer(b"".join(self.digests), "<u8").reshape(-1, 2)
+        ends = np.cumsum([len(text) for text in self.texts])
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "text": np.frombuffer(b"".join(self.texts), np.uint8),
+            "end": ends.astype(np.int64),
+            "high": np.ascontiguousarray(hashes[:, 0]),
+        }
+        if self.item.with_labels:
+            arrays["label"] = np.array(self.classes, dtype=np.int32)
+        self.files.write(f"read/{self.item.number:05d}/chunk-{len(self.chunks):06d}.arrow", arrays_to_bytes(arrays))
+        self.chunks.append((len(self.runs), self.run_size, len(self.texts), size))
+        self.smallest = min(self.smallest, int(hashes[:, 0].min()))
+        self.largest = max(self.largest, int(hashes[:, 0].max()))
+        if self.item.with_runs:
+            self.run_hashes.append(hashes)
+        self.run_size += len(self.texts)
+        self.texts.clear()
+        self.digests.clear()
+        self.classes.clear()
+        if self.run_size >= self.item.run_documents:
+            self._end_run()
+
+    def _end_run(self) -> None:
+        """Sort the hashes of the chunks since the last run."""
+        if not self.run_size:
+            return
+        if self.item.with_runs:
+            hashes = np.concatenate(self.run_hashes)
+            order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+            records = np.empty(order.size, dtype=PLACED_HASH)
+            records["high"], records["low"], records["place"] = hashes[order, 0], hashes[order, 1], order
+            name = f"read/{self.item.number:05d}/run-{len(self.runs):05d}.bin"
+            self.files.write(name, encode_hashes(records))
+        self.runs.append(self.run_size)
+        self.run_hashes.clear()
+        self.run_size = 0
 
 
-def read_chunk(uri: str) -> tuple[list[str], npt.NDArray[np.uint64]]:
-    """The texts of a chunk and their hashes, uint64 [n]."""
-    table = pa.ipc.open_file(pa.BufferReader(storage.read_bytes(uri))).read_all()
-    return table.column("text").to_pylist(), table.column("hash").to_numpy()
+@dataclass(frozen=True)
+class Texts:
+    """The documents of a chunk, n of them."""
+
+    texts: list[str]
+    num_bytes: npt.NDArray[np.int64]
+    """[n]: of each text in UTF-8."""
+    high: npt.NDArray[np.uint64]
+    """[n]: first 8 bytes of each hash."""
+    labels: npt.NDArray[np.int32] | None
+    """[n]: places in `FileSpool.labels`."""
+
+
+def read_texts(work_uri: str, chunk: Chunk, keep: npt.NDArray[np.bool_] | None = None) -> Texts:
+    """Read a chunk.
+
+    Args:
+        work_uri: the work folder.
+        chunk: which one.
+        keep: [n], the documents wanted; None for all.
+    """
+    arrays = arrays_of(chunk_uri(work_uri, chunk))
+    data = memoryview(arrays["text"].data)
+    ends = arrays["end"]
+    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    labels = arrays.get("label")
+    if keep is not None:
+        begins, ends = begins[keep], ends[keep]
+        labels = None if labels is None else labels[keep]
+    texts = [str(data[a:b], "utf-8") for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
+    high = arrays["high"] if keep is None else arrays["high"][keep]
+    return Texts(texts, ends - begins, high, labels)

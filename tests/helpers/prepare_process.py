@@ -9,7 +9,8 @@ from typing import Any
 
 from data_service.config import DataConfig
 from data_service.errors import StormjibError
-from data_service.prepare import ItemT, ResultT, prepare
+from data_service.mapping import ItemT, ResultT
+from data_service.prepare import prepare
 
 DEADLINE_S = 60.0
 _SPAWN = multiprocessing.get_context("spawn")

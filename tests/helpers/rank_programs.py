@@ -6,12 +6,12 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import psutil
 
-from data_service.client import DataClient
-from tests.helpers.local_rows import LocalRows
+from data_service.client import BatchSlice, DataClient
 from tests.helpers.ranks import QueueHooks
 from trainer import worker
 from trainer.fragments import KINDS, Kind
@@ -75,11 +75,32 @@ def load_and_save(spec: WorkerSpec, hooks: QueueHooks, target: str) -> None:
         save(rank, None)
 
 
-def train_on_made_up_rows(spec: WorkerSpec, hooks: QueueHooks) -> None:
-    """Train without a service; the last stage of pipeline 0 is given another token in global batch 2."""
+class _Tampered:
+    """A client that changes a token of the first row of one training batch, with another checksum."""
+
+    def __init__(self, client: DataClient, index: int) -> None:
+        self._client, self._index = client, index
+        self.plan = client.plan
+
+    def stream(
+        self, split: Literal["train", "eval"], start: int, stop: int, slots: tuple[int, int]
+    ) -> Iterator[BatchSlice]:
+        for rows in self._client.stream(split, start, stop, slots):
+            if split == "train" and rows.index == self._index:
+                tokens = rows.tokens.copy()
+                tokens[0, 1] ^= 1
+                yield replace(rows, tokens=tokens, row_crc=rows.row_crc ^ np.uint32(1))
+            else:
+                yield rows
+
+
+def train_on_different_rows(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Train; the last stage of pipeline 0 is given another token in global batch 2."""
     from trainer.loop import train
 
-    train(worker.open_rank(spec, hooks, LocalRows(spec, tamper=2 if spec.rank == spec.pp - 1 else None)))
+    with contextlib.closing(DataClient(spec.data)) as client:
+        last = spec.rank == spec.pp - 1
+        train(worker.open_rank(spec, hooks, _Tampered(client, 2) if last else client))
 
 
 class _DieAt:

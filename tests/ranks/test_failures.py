@@ -13,7 +13,7 @@ from tests.helpers.rank_programs import (
     rank_1_freezes,
     rank_1_is_killed,
     train_and_tell_where_it_listens,
-    train_on_made_up_rows,
+    train_on_different_rows,
 )
 from tests.helpers.ranks import RanksFailedError, specs_of
 from tests.helpers.row_service import row_service
@@ -49,7 +49,7 @@ def test_a_frozen_rank_ends_the_others_in_time(lab: Lab, case: Case) -> None:
 def test_stages_that_were_given_different_rows_refuse(lab: Lab) -> None:
     spec = lab.spec(Case(1, 2), lab.folder / "tampered")
     with pytest.raises(RanksFailedError) as caught:
-        lab.server.run(train_on_made_up_rows, specs_of(spec))
+        lab.server.run(train_on_different_rows, specs_of(spec))
     story = next(iter(caught.value.failures.values()))
     assert "DeliveryError" in story
     assert "Step 3: pipeline 0 was given different rows" in story

@@ -1,0 +1,357 @@
+"""The stages of a preparation: each makes its work items, hands them to the mapper and tells how far it is.
+
+Owns what each stage is given, and the choice of classes and of texts for the tokenizer. The order of the stages is
+`prepare`'s, what an item does its own module's.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from data_service import storage
+from data_service.chat import ChatTemplate, messages_of
+from data_service.config import DataConfig
+from data_service.dedupe import PARTITION_DOCUMENTS, Duplicates, find_duplicates, kept_of
+from data_service.encode import EncodedChunk, EncodeItem, EncodeSettings, encode_chunk
+from data_service.errors import ConfigError, ShardCorruptError, SourceError
+from data_service.generations import InputFile, Request
+from data_service.hash_files import hashes_file
+from data_service.manifest import SPLITS, DatasetManifest, tokenizer_uri
+from data_service.mapping import Mapper
+from data_service.progress import PrepareProgress, PrepareStage, Report
+from data_service.shard_writer import PartItem, PartShards, write_part
+from data_service.spool import (
+    CHUNK_BYTES,
+    RUN_DOCUMENTS,
+    ChatCheck,
+    ReadItem,
+    Spool,
+    check_spool,
+    chunk_uri,
+    read_file,
+    read_texts,
+    rejects_file,
+    write_rejects,
+)
+from data_service.tokenizer import TokenizerFiles, TrainingSample, read_tokenizer, train_tokenizer, write_tokenizer
+from data_service.work_items import WorkFiles, arrays_of, do_once
+
+__all__ = [
+    "Job",
+    "TokenizerPlace",
+    "deduplicate",
+    "encode_all",
+    "eval_below_of",
+    "labels_of",
+    "read_all",
+    "tokenizer_of",
+    "write_all",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One generation to prepare."""
+
+    request: Request
+    files: tuple[InputFile, ...]
+    """To read, in order."""
+    earlier: tuple[DatasetManifest, ...]
+    """Generations before, whole."""
+    dataset_uri: str
+    work_uri: str
+    mapper: Mapper
+    report: Report
+
+    @property
+    def config(self) -> DataConfig:
+        """The `data` section."""
+        return self.request.config
+
+    @property
+    def generation(self) -> int:
+        """Number of the one to prepare."""
+        return len(self.earlier)
+
+    @property
+    def base(self) -> DatasetManifest | None:
+        """The generation before; it decides on tokenizer, split and classes."""
+        return self.earlier[-1] if self.earlier else None
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources with files, in order."""
+        return tuple(dict.fromkeys(one.file.name for one in self.files))
+
+    @cached_property
+    def loss_masks(self) -> bool:
+        """Whether shards tell which tokens count as labels."""
+        if self.base is not None:
+            return self.base.loss_masks
+        return any(source.messages is not None for source in self.config.sources)
+
+    def tell(self, stage: PrepareStage, done: int, total: int, spool: Spool) -> None:
+        """Report progress."""
+        self.report(PrepareProgress(stage, done, total, spool.num_records, spool.num_rejects))
+
+
+@dataclass(frozen=True)
+class TokenizerPlace:
+    """A tokenizer, and where its folder lies."""
+
+    files: TokenizerFiles
+    folder_uri: str
+
+    @property
+    def token_dtype(self) -> Literal["uint16", "uint32"]:
+        """The dtype of a token."""
+        return "uint16" if self.files.token_dtype.itemsize == 2 else "uint32"
+
+
+def read_all(job: Job) -> Spool:
+    """Read the files.
+
+    Raises:
+        SourceError: when one cannot be read, or too many records are bad.
+        ConfigError: when chats are added to a dataset without.
+    """
+    has_chats = any(one.file.source.messages is not None for one in job.files)
+    if has_chats and not job.loss_masks:
+        raise ConfigError(
+            f"chats were to be added to {job.dataset_uri}, whose shards do not tell which tokens count as labels. "
+            "Choose another data.dataset for a dataset with chats."
+        )
+    chat = _chat_check(job) if has_chats else None
+    config = job.config
+    items = [
+        ReadItem(
+            work_uri=job.work_uri,
+            number=number,
+            file=one.file,
+            max_record_bytes=config.rejects.max_record_bytes,
+            chunk_bytes=CHUNK_BYTES,
+            run_documents=RUN_DOCUMENTS,
+            with_runs=config.split.deduplicate,
+            with_labels=config.rows == "document" and one.file.source.label is not None,
+            chat=chat if one.file.source.messages is not None else None,
+        )
+        for number, one in enumerate(job.files)
+    ]
+    spool = Spool(())
+    done, total = 0, sum(one.num_bytes for one in job.files)
+    job.tell("read", done, total, spool)
+    for one, file in zip(job.files, job.mapper(read_file, items), strict=True):
+        spool = Spool((*spool.files, file))
+        done += one.num_bytes
+        job.tell("read", done, total, spool)
+    write_rejects(job.work_uri, spool, job.generation)
+    rejects_uri = storage.join(job.dataset_uri, rejects_file(job.generation))
+    check_spool(config, spool, [one.file.uri for one in job.files], rejects_uri)
+    return spool
+
+
+def _chat_check(job: Job) -> ChatCheck:
+    """What chats must fit, before there is a tokenizer where one is to be trained."""
+    tokenizer = job.request.tokenizer if job.base is None else _earlier_tokenizer(job, job.base).files
+    if tokenizer is not None:
+        ChatTemplate.of(tokenizer)
+        specials = tuple(sorted(tokenizer.special_tokens.items()))
+        return ChatCheck(tokenizer.chat_template or "", specials, tokenizer.control_tokens)
+    if job.request.chat_template is None:
+        raise ConfigError(
+            "data.sources…messages was set, and a tokenizer is to be trained, which has no chat template of its own. "
+            "Set data.chat_template to a Jinja file, or data.tokenizer.path to the tokenizer of a chat model."
+        )
+    ChatTemplate.to_train(job.request.chat_template)
+    return ChatCheck(job.request.chat_template, None, ())
+
+
+def deduplicate(job: Job, spool: Spool) -> Duplicates:
+    """Find the documents that go; none where data.split.deduplicate is off."""
+    if not job.config.split.deduplicate:
+        return Duplicates({})
+    job.tell("deduplicate", 0, spool.num_bytes, spool)
+    hashes = [storage.join(job.dataset_uri, hashes_file(number)) for number in range(job.generation)]
+    found = find_duplicates(job.work_uri, spool, hashes, job.generation, PARTITION_DOCUMENTS, job.mapper)
+    job.tell("deduplicate", spool.num_bytes, spool.num_bytes, spool)
+    return found
+
+
+def eval_below_of(job: Job, spool: Spool) -> int:
+    """The hash below which a document is held out: of the first generation, so that the split never moves."""
+    return spool.eval_below(job.config.split.eval) if job.base is None else job.base.eval_below
+
+
+def labels_of(job: Job, spool: Spool) -> tuple[str, ...]:
+    """Classes in the order of their numbers: as integers where all are, else by their text.
+
+    Raises:
+        SourceError: when a later generation has a class that the first had not.
+    """
+    found = {label for file in spool.files for label in file.labels}
+    if job.base is None:
+        whole = all(label.removeprefix("-").isdecimal() for label in found)
+        return tuple(sorted(found, key=lambda label: (int(label) if whole else 0, label)))
+    unknown = sorted(found.difference(job.base.labels))
+    if unknown:
+        raise SourceError(
+            f"the files added to {job.dataset_uri} hold the classes {', '.join(map(repr, unknown[:20]))}, the dataset "
+            f"was prepared with {', '.join(map(repr, job.base.labels[:20])) or 'none'}. Correct the labels, or prepare "
+            "all files into another data.dataset."
+        )
+    return job.base.labels
+
+
+def tokenizer_of(job: Job, spool: Spool, duplicates: Duplicates, eval_below: int) -> TokenizerPlace:
+    """The tokenizer: that of the dataset, the one named, or one trained on the training part."""
+    if job.base is not None:
+        return _earlier_tokenizer(job, job.base)
+    folder_uri = tokenizer_uri(job.work_uri)
+    tokenizer = job.request.tokenizer
+    if tokenizer is None:
+        tokenizer = _trained(job, spool, duplicates, eval_below)
+    write_tokenizer(folder_uri, tokenizer)
+    return TokenizerPlace(tokenizer, folder_uri)
+
+
+def _earlier_tokenizer(job: Job, base: DatasetManifest) -> TokenizerPlace:
+    folder_uri = tokenizer_uri(job.dataset_uri)
+    tokenizer = read_tokenizer(folder_uri)
+    if tokenizer.digest != base.tokenizer_digest:
+        raise ShardCorruptError(
+            f"{folder_uri} is not the tokenizer that the dataset was prepared with ({tokenizer.digest} instead of "
+            f"{base.tokenizer_digest}). Restore it, or delete the folder and prepare the first files again."
+        )
+    return TokenizerPlace(tokenizer, folder_uri)
+
+
+def _trained(job: Job, spool: Spool, duplicates: Duplicates, eval_below: int) -> TokenizerFiles:
+    train = job.config.tokenizer.to_train
+    assert train is not None
+
+    below = _sample_below(job, spool, eval_below, train.max_bytes)
+
+    def texts() -> Iterator[str]:
+        return _training_texts(job, spool, duplicates, eval_below, below)
+
+    def work(files: WorkFiles) -> dict[str, object]:
+        trained = train_tokenizer(train, texts, job.request.chat_template)
+        for name, content in trained.files:
+            files.write(f"trained/{name}", content)
+        return {}
+
+    do_once(job.work_uri, "trained", work)
+    return read_tokenizer(storage.join(job.work_uri, "trained"))
+
+
+def _sample_below(job: Job, spool: Spool, eval_below: int, max_bytes: int) -> int:
+    """The hash behind the last document to train the tokenizer on; 2^64 where all fit. Duplicates weigh in."""
+    if spool.num_bytes <= max_bytes:
+        return 1 << 64
+    sample = TrainingSample(max_bytes)
+    for chunk in spool.chunks:
+        arrays = arrays_of(chunk_uri(job.work_uri, chunk), ("high", "end"))
+        sample.add(arrays["high"], np.diff(arrays["end"], prepend=0))
+    return sample.below(eval_below)
+
+
+def _training_texts(job: Job, spool: Spool, duplicates: Duplicates, eval_below: int, below: int) -> Iterator[str]:
+    """Texts of the training part with hashes below a bound, once each."""
+    done = 0
+    for chunk in spool.chunks:
+        job.tell("tokenizer", done, spool.num_bytes, spool)
+        done += chunk.num_bytes
+        wanted = kept_of(job.work_uri, chunk) if duplicates.touch(chunk) else np.ones(chunk.num_documents, np.bool_)
+        high = arrays_of(chunk_uri(job.work_uri, chunk), ("high",))["high"]
+        wanted &= high >= np.uint64(eval_below)
+        if below < 1 << 64:
+            wanted &= high < np.uint64(below)
+        found = read_texts(job.work_uri, chunk, wanted)
+        if job.files[chunk.file].file.source.messages is None:
+            yield from found.texts
+        else:
+            yield from (message["content"] for text in found.texts for message in messages_of(text))
+    job.tell("tokenizer", spool.num_bytes, spool.num_bytes, spool)
+
+
+def encode_all(
+    job: Job,
+    spool: Spool,
+    duplicates: Duplicates,
+    tokenizer: TokenizerPlace,
+    eval_below: int,
+    labels: tuple[str, ...],
+) -> list[EncodedChunk]:
+    """Encode the chunks."""
+    settings = EncodeSettings(
+        work_uri=job.work_uri,
+        tokenizer_uri=tokenizer.folder_uri,
+        tokenizer_digest=tokenizer.files.digest,
+        eos_id=tokenizer.files.eos_id,
+        token_dtype=tokenizer.token_dtype,
+        eval_below=eval_below,
+    )
+    numbers = {label: number for number, label in enumerate(labels)}
+    of_files = [tuple(numbers[label] for label in file.labels) if labels else None for file in spool.files]
+    items = [
+        EncodeItem(
+            settings=settings,
+            chunk=chunk,
+            has_duplicates=duplicates.touch(chunk),
+            is_chat=job.files[chunk.file].file.source.messages is not None,
+            label_numbers=of_files[chunk.file],
+        )
+        for chunk in spool.chunks
+    ]
+    encoded = []
+    done = 0
+    job.tell("encode", 0, spool.num_bytes, spool)
+    for one in job.mapper(encode_chunk, items):
+        encoded.append(one)
+        done += one.chunk.num_bytes
+        job.tell("encode", done, spool.num_bytes, spool)
+    return encoded
+
+
+def write_all(
+    job: Job, spool: Spool, encoded: list[EncodedChunk], labels: tuple[str, ...]
+) -> dict[tuple[str, str], PartShards]:
+    """Write the shards; (split, source) → what was written, parts without documents left out."""
+    config = job.config
+    row_tokens = 0 if config.rows == "stream" else config.seq_len + 1
+    tokens: Counter[tuple[str, str]] = Counter()
+    for one in encoded:
+        for split in SPLITS:
+            tokens[split, job.files[one.chunk.file].file.name] += one.counts[split].tokens
+    items: dict[tuple[str, str], PartItem] = {}
+    for split in SPLITS:
+        for number, source in enumerate(job.sources):
+            if not tokens[split, source]:
+                continue
+            of_source = next(one.file.source for one in job.files if one.file.name == source)
+            has_label = config.rows == "document" and of_source.label is not None
+            items[split, source] = PartItem(
+                work_uri=job.work_uri,
+                split=split,
+                source=number,
+                chunks=tuple(c for c in spool.chunks if job.files[c.file].file.name == source),
+                rows=config.rows,
+                row_tokens=row_tokens,
+                shard_tokens=config.shard_tokens,
+                shard_rows=max(1, config.shard_tokens // row_tokens) if row_tokens else 0,
+                truncate=has_label or of_source.messages is not None,
+                with_answers=job.loss_masks,
+                with_labels=bool(labels),
+            )
+    total, done = sum(tokens.values()), 0
+    job.tell("write", 0, total, spool)
+    parts: dict[tuple[str, str], PartShards] = {}
+    for key, part in zip(items, job.mapper(write_part, list(items.values())), strict=True):
+        parts[key] = part
+        done += tokens[key]
+        job.tell("write", done, total, spool)
+    return parts
