@@ -16,20 +16,16 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
 import numpy as np
 import numpy.typing as npt
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from data_service import storage
+from data_service.chat_sandbox import BLOCK_CLOSE, BLOCK_OPEN, template_environment
 from data_service.errors import ConfigError
 from data_service.tokenizer import END_TOKEN, TokenizerFiles, read_tokenizer, trained_specials
 
@@ -45,10 +41,6 @@ __all__ = [
 ]
 
 ASSISTANT = "assistant"
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-"""Noncharacters that mark a {% generation %} block in what the template writes; no text may hold them."""
-_TODAY = datetime(2024, 7, 26)
-"""What `strftime_now` tells. Llama 3's template falls back to this day where it is told none."""
 _MAX_MESSAGES = 1000
 """Without {% generation %} blocks the work grows with the square of a chat's messages."""
 _PROBE = ({"role": "user", "content": "A question."}, {"role": ASSISTANT, "content": "An answer."})
@@ -77,45 +69,6 @@ class EncodedChats:
     """[d]"""
     answers: npt.NDArray[np.bool_]
     """[S]: the token counts as a label."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """The block {% generation %} … {% endgeneration %}: what is in it was said by the assistant."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Any) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
-
-
-def _raise_exception(message: object) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The names and settings that templates find in transformers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _TODAY.strftime
-    return environment
 
 
 def messages_of(text: str) -> list[dict[str, str]]:
@@ -171,7 +124,7 @@ class ChatTemplate:
         self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._has_blocks = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
         try:
-            self._template = _environment().from_string(source)
+            self._template = template_environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(
                 f"a chat template was asked for, this is none: {error}. Repair data.chat_template, or the tokenizer's "
@@ -224,7 +177,7 @@ class ChatTemplate:
             for text in (message["role"], message["content"]):
                 if self._control is not None and (found := self._control.search(text)):
                     raise ChatError(f"control token: a message spells {found.group()}")
-                if _OPEN in text or _CLOSE in text:
+                if BLOCK_OPEN in text or BLOCK_CLOSE in text:
                     raise ChatError("noncharacter: U+FDD0 or U+FDD1")
         text = self._written(messages)
         text, spans = _blocks(text) if self._has_blocks else (text, self._added(messages, text))
@@ -302,11 +255,11 @@ def _blocks(text: str) -> tuple[str, list[tuple[int, int]]]:
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     place = depth = begin = 0
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
-        if piece == _OPEN:
+    for piece in re.split(f"([{BLOCK_OPEN}{BLOCK_CLOSE}])", text):
+        if piece == BLOCK_OPEN:
             begin = begin if depth else place
             depth += 1
-        elif piece == _CLOSE:
+        elif piece == BLOCK_CLOSE:
             depth -= 1
             if not depth:
                 spans.append((begin, place))

@@ -221,8 +221,8 @@ def read_tokenizer(path: str) -> TokenizerFiles:
     settings = _optional_object(storage.join(folder, _CONFIG))
     specials = _optional_object(storage.join(folder, _SPECIALS))
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    named = [_token_text(settings.get("eos_token")), _token_text(specials.get("eos_token")), *_KNOWN_END_TOKENS]
-    end_token = next((token for token in named if token is not None and token in vocabulary), None)
+    end_tokens = [_token_text(settings.get("eos_token")), _token_text(specials.get("eos_token")), *_KNOWN_END_TOKENS]
+    end_token = next((token for token in end_tokens if token is not None and token in vocabulary), None)
     if end_token is None:
         raise ConfigError(
             f"data.tokenizer.path={path}: no end token was found, neither eos_token in {_CONFIG} beside it nor one of "
@@ -230,6 +230,10 @@ def read_tokenizer(path: str) -> TokenizerFiles:
         )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings, "eos_token": end_token}
     settings.setdefault("pad_token", end_token)
+    for key in _NAMED_TOKENS:  # transformers takes an object only with a key of its own that older releases leave out
+        for named in (settings, specials):
+            if isinstance(named.get(key), dict):
+                named[key] = _token_text(named[key])
     template = _chat_template(folder, settings.pop("chat_template", None))
     return _files(text, settings, {**specials, "eos_token": end_token}, end_token, template)
 
