@@ -6,8 +6,8 @@ the line, and may hold line breaks. Where it does not close so, or where a recor
 fields than the header, its first line alone is rejected and reading goes on with the next line: a stray quote then
 cannot swallow the rows behind it.
 
-Much TSV is written without quoting. A line whose quotes do not work out is therefore taken as it stands where it has
-the right number of fields, and so is each line of a record that spans lines when every one of them has.
+Much TSV is written without quoting. A line whose quotes do not work out is therefore cut at its tabs where that gives
+the right number of fields, and so is each line of a record that spans lines when it does for every one of them.
 
 Works on bytes and with bounded memory. Refuses to guess encodings or delimiters.
 """
@@ -106,6 +106,14 @@ def _read_fields(
             raise _Broken("text follows a closing quote")
 
 
+def _unquoted(field: bytes) -> bytes:
+    """The field without its quotes, where they are well-formed; as it stands otherwise."""
+    inside = field[1:-1]
+    if len(field) < 2 or not (field.startswith(b'"') and field.endswith(b'"')) or b'"' in inside.replace(b'""', b""):
+        return field
+    return inside.replace(b'""', b'"')
+
+
 def read_csv_records(
     stream: ByteStream, max_record_bytes: int, delimiter: Literal[b",", b"\t"] = b","
 ) -> Iterator[CsvRecord | BrokenRecord]:
@@ -144,10 +152,10 @@ def read_csv_records(
         if unquoted_too and b'"' in first and (reason is not None or taken):
             alone = chomp(first).split(delimiter)
             wanted = len(alone) if width is None else width
-            whole = reason is not None or all(line.count(delimiter) == wanted - 1 for _, line in taken)
+            whole = reason is not None or (wanted > 1 and all(line.count(delimiter) == wanted - 1 for _, line in taken))
             if len(alone) == wanted and whole:
                 lines.give_back(taken)
-                taken, fields, reason = [], alone, None
+                taken, fields, reason = [], [_unquoted(field) for field in alone], None
         if reason is not None:
             lines.give_back(taken)
             yield BrokenRecord(number, reason)
