@@ -64,6 +64,11 @@ def _named_error(error: Any) -> tuple[str | None, str]:
         return None, str(error)
 
 
+def _failure(error: Exception) -> WorkerFailedError:
+    """A failure of the transport in few words: what gRPC adds for its developers is left out."""
+    return WorkerFailedError(f"{type(error).__name__}: {str(error).partition('. gRPC client')[0][:300]}")
+
+
 class _Threads:
     """Daemon threads for calls that block, made as they are needed, at most `limit`.
 
@@ -238,14 +243,14 @@ class Connections:
         except flight.FlightError as error:
             kind, message = _named_error(error)
             if kind is None:
-                raise WorkerFailedError(f"{type(error).__name__}: {str(error)[:300]}") from error
+                raise _failure(error) from error
             if kind == DataUnavailableError.__name__:
                 raise WorkerFailedError(message) from error
             if kind in _ERRORS_BY_KIND:
                 raise _ERRORS_BY_KIND[kind](f"data worker {address}: {message}") from error
             raise DataError(f"data worker {address} refused a ticket: {message}") from error
         except (pa.ArrowException, OSError) as error:
-            raise WorkerFailedError(f"{type(error).__name__}: {str(error)[:300]}") from error
+            raise _failure(error) from error
 
     def close(self) -> None:
         """Close every connection; calls in flight fail or end by their deadline."""

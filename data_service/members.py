@@ -111,17 +111,19 @@ class KnownMembers:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._known) or self._closed.is_set(), timeout_s)
 
-    def failed(self, worker_id: str, reason: str) -> None:
+    def failed(self, member: Member, reason: str) -> None:
         """A read of this worker failed or hangs: ask others first for a while, and tell the control plane."""
         with self._lock:
-            doubt = self._doubts.setdefault(worker_id, _Doubt(0, 0.0))
+            doubt = self._doubts.setdefault(member.worker_id, _Doubt(0, 0.0))
             now = self._clock()
             # Reads that were in flight together fail together: that is one strike.
-            if now >= doubt.until:
-                doubt.until = now + min(_LONGEST_DOUBT_S, _FIRST_DOUBT_S * 2.0**doubt.strikes)
-                doubt.strikes += 1
-                if self._reports.qsize() < _MAX_REPORTS:
-                    self._reports.put((worker_id, reason))
+            if now < doubt.until:
+                return
+            doubt.until = now + min(_LONGEST_DOUBT_S, _FIRST_DOUBT_S * 2.0**doubt.strikes)
+            doubt.strikes += 1
+            if self._reports.qsize() < _MAX_REPORTS:
+                self._reports.put((member.worker_id, reason))
+        _LOG.warning("data worker %s failed: %s. Asking others first.", member.address, reason)
         self._wake.set()
 
     def served(self, worker_id: str) -> None:

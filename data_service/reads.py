@@ -105,7 +105,7 @@ class TicketRead:
             return min(now + self._access.hedge_s / 2, deadline)
         newest, hedge_s = running[-1], self._access.hedge_s
         if now >= newest.since + hedge_s:
-            self._members.failed(newest.member.worker_id, f"no answer for {hedge_s} s")
+            self._members.failed(newest.member, f"no answer for {hedge_s} s")
             if len(running) >= _MAX_AT_ONCE or not self._ask_next(now):
                 newest.since, newest.pinged = now, False
             return min(now + hedge_s / 2, deadline)
@@ -124,13 +124,13 @@ class TicketRead:
             return
         attempt.over = True
         member = attempt.member
-        _LOG.warning("data worker %s failed at global batch %d: %s", member.address, self.ticket.first, error)
         if isinstance(error, ShardCorruptError):
+            _LOG.warning("%s Asking another data worker.", error)
             self._corrupt[member.worker_id] = error
         else:
             self._last_failure = f"{member.address}: {error}"
             self._failed.add(member.worker_id)
-            self._members.failed(member.worker_id, str(error))
+            self._members.failed(member, str(error))
 
     def finish(self, attempt: Attempt) -> None:
         """An attempt brought the answer; the others are not needed."""

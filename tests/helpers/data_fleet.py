@@ -88,7 +88,8 @@ def stopped(process: Process) -> Iterator[None]:
     try:
         yield
     finally:
-        os.kill(process.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGCONT)
 
 
 @dataclass

@@ -84,20 +84,20 @@ def test_a_worker_that_failed_is_avoided_for_longer_each_time_until_it_serves():
     clock = Clock()
     view = known(clock, answer(*map(member, NAMES)))
     for seconds in (1.0, 2.0, 4.0):
-        view.failed("w1", "gone")
-        view.failed("w1", "gone, as seen by a second read")
+        view.failed(member("w1"), "gone")
+        view.failed(member("w1"), "gone, as seen by a second read")
         clock.now += seconds - 0.01
         assert names(view.trusted()) == ["w0", "w2", "w3"]
         clock.now += 0.02
         assert names(view.trusted()) == list(NAMES)
-    view.failed("w1", "gone")
+    view.failed(member("w1"), "gone")
     view.served("w1")
     assert names(view.trusted()) == list(NAMES)
-    view.failed("w1", "gone")
+    view.failed(member("w1"), "gone")
     clock.now += 1.01
     assert names(view.trusted()) == list(NAMES), "the count began anew"
     for one in NAMES:
-        view.failed(one, "gone")
+        view.failed(member(one), "gone")
     assert names(view.trusted()) == list(NAMES), "with all in doubt, all are asked"
 
 
@@ -117,7 +117,7 @@ def test_the_view_is_refreshed_at_once_after_a_failure_and_survives_silence():
     view.wait(5.0)
     assert names(view.known()) == ["w0"]
     began = time.monotonic()
-    view.failed("w0", "gone")
+    view.failed(member("w0"), "gone")
     while len(asked) < 2:
         assert time.monotonic() - began < 0.9, "a refresh waited for its turn"
         time.sleep(0.005)
