@@ -87,12 +87,11 @@ class ShardRows:
         number, in_shard = self._locate(self._layout_of(plan), row_ids)
         order = np.argsort(number, kind="stable")
         in_order = number[order]
-        cuts = np.flatnonzero(np.diff(in_order, prepend=-1)) if row_ids.size else np.zeros(0, np.int64)
+        cuts = np.flatnonzero(np.diff(in_order, prepend=-1))
         numbers = in_order[cuts].tolist()
         shards = self._shards.get([self._index.entry(plan.split, one) for one in numbers])
         gathered = self._empty(plan, row_ids.size)
-        for one, begin, end in zip(numbers, cuts.tolist(), [*cuts[1:].tolist(), row_ids.size], strict=True):
-            slots = order[begin:end]
+        for one, slots in zip(numbers, np.split(order, cuts[1:]), strict=False):
             try:
                 self._gather(plan, shards[plan.split, one], slots, in_shard[slots], gathered)
             except IndexError as error:

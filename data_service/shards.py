@@ -181,7 +181,10 @@ def open_shard(source: "str | Path | bytes | memoryview | pa.Buffer") -> Shard:
             dtype = np.dtype(column.type.value_type.to_pandas_dtype())
             if dtype.str not in dtypes:
                 raise pa.ArrowInvalid(f"column {column_name} holds {dtype}")
-            arrays[column_name] = _view(column.flatten(), dtype)
+            values = column.flatten()
+            if values.null_count:
+                raise pa.ArrowInvalid(f"column {column_name} lacks values")
+            arrays[column_name] = _view(values, dtype)
         return Shard(**arrays)  # type: ignore[arg-type]
     except (pa.ArrowInvalid, TypeError, ValueError) as error:
         raise ShardCorruptError(f"{name} was asked for, it is no shard of this format: {error}. {_ADVICE}") from error
