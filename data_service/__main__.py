@@ -46,7 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         if role == "worker":
             command.add_argument(
-                "--control", required=True, help="host:port of the control plane, or of several with commas between"
+                "--control",
+                type=_addresses,
+                required=True,
+                help="host:port of the control plane, or of several with commas between",
             )
             command.add_argument("--cache-dir", help="folder for shards of a remote dataset")
             command.add_argument(
@@ -60,6 +63,14 @@ def _port(text: str) -> int:
     if not 0 <= port <= 65_535:
         raise ValueError(text)
     return port
+
+
+def _addresses(text: str) -> str:
+    for one in text.split(","):
+        host, _, port = one.rpartition(":")
+        if not host or not port.isdecimal():
+            raise argparse.ArgumentTypeError(f"{one!r} is no host:port")
+    return text
 
 
 def _positive(text: str) -> int:
