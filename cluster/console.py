@@ -6,7 +6,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from data_service.prepare import PrepareProgress
+from cluster.pace import Pace, shown_seconds
+from data_service.progress import PrepareProgress
 
 __all__ = ["RunConsole"]
 
@@ -23,6 +24,7 @@ class RunConsole:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._printed = 0.0
+        self._pace = Pace()
         self._checkpoint = 0
         self._rate = 0.0
 
@@ -32,12 +34,15 @@ class RunConsole:
 
     def prepare(self, progress: PrepareProgress) -> None:
         """The preparation of the data has come this far; said at most every few seconds."""
-        if time.monotonic() - self._printed >= _PLAIN_EVERY_S:
-            self._printed = time.monotonic()
+        now = time.monotonic()
+        left_s = self._pace.left_s(progress.stage, progress.done, progress.total, now)
+        if now - self._printed >= _PLAIN_EVERY_S:
+            self._printed = now
+            left = "" if left_s is None else f", {shown_seconds(left_s)} left of this stage"
             rejected = f", {progress.num_rejects:,} rejected" * bool(progress.num_rejects)
             self.say(
-                f"preparing the data: {progress.stage} {progress.done}/{progress.total}, "
-                f"{progress.num_records:,} records{rejected}"
+                f"preparing the data: {progress.stage} {progress.done / 1e6:,.1f} of {progress.total / 1e6:,.1f} MB"
+                f"{left}; {progress.num_records:,} records{rejected}"
             )
 
     def step(self, step: int, loss: float, tokens_per_s: float) -> None:

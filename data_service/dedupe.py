@@ -9,24 +9,20 @@ A partition is a prefix of the hash; there are as many as keep each at about hal
 Owns this search. Knows nothing of texts.
 """
 
-import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from data_service import storage
-from data_service.hash_files import HASH, MAX_BITS, PLACED_HASH, HashFile, hash_header, hashes_file
+from data_service.hash_files import HASH, MAX_BITS, PLACED_HASH, HashFile, hashes_file, write_hashes
 from data_service.mapping import Mapper
 from data_service.spool import Chunk, Spool, run_uri
 from data_service.work_items import Result, WorkFiles, do_once
 
-__all__ = ["PARTITION_DOCUMENTS", "Duplicates", "find_duplicates", "kept_of"]
-
-PARTITION_DOCUMENTS = 1 << 19
-"""Documents of a partition, about."""
+__all__ = ["Duplicates", "find_duplicates", "kept_of"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,6 @@ class _Partitioned:
     """What a partition found."""
 
     kept: int
-    crc: int
-    """Of the hashes that stay."""
     dropped: int
 
 
@@ -107,18 +101,21 @@ def find_duplicates(
     bits = min(MAX_BITS, max(0, -(-spool.num_documents // partition_documents) - 1).bit_length())
     partitions = [_Partition(work_uri, bits, number, runs, tuple(earlier)) for number in range(2**bits)]
     found = list(mapper(_search, partitions))
-    _write_kept(work_uri, bits, found, hashes_file(generation))
+    _write_kept(work_uri, found, hashes_file(generation))
     if not any(one.dropped for one in found):
         return Duplicates({})
     collected = mapper(_collect, [_Run(work_uri, bits, len(runs), place, *run) for place, run in enumerate(runs)])
     return Duplicates({run: count for run, count in zip(runs, collected, strict=True) if count})
 
 
-def _write_kept(work_uri: str, bits: int, found: Sequence[_Partitioned], name: str) -> None:
-    with storage.publish(storage.join(work_uri, name)) as target:
-        target.write(hash_header(HASH, bits, [one.kept for one in found], [one.crc for one in found]))
+def _write_kept(work_uri: str, found: Sequence[_Partitioned], name: str) -> None:
+    def parts() -> Iterator[npt.NDArray[np.void]]:
         for number in range(len(found)):
-            target.write(storage.read_bytes(storage.join(work_uri, f"dup/p-{number:04d}.hashes")))
+            data = storage.read_bytes(storage.join(work_uri, f"dup/p-{number:04d}.hashes"))
+            yield np.frombuffer(data, HASH)
+
+    with storage.publish(storage.join(work_uri, name)) as target:
+        write_hashes(target, sum(one.kept for one in found), parts)
 
 
 def _search(partition: _Partition) -> _Partitioned:
@@ -149,10 +146,9 @@ def _search(partition: _Partition) -> _Partitioned:
             for part, begin, end in zip(parts, bounds, bounds[1:], strict=False)
         ]
         offsets = np.cumsum([0, *(place.size for place in places)]).astype("<u8")
-        data = kept.tobytes()
-        files.write(f"{name}.hashes", data)
+        files.write(f"{name}.hashes", kept.tobytes())
         files.write(f"{name}.drops", offsets.tobytes() + np.concatenate(places).astype("<u4").tobytes())
-        return {"kept": kept.size, "crc": zlib.crc32(data), "dropped": int(offsets[-1])}
+        return {"kept": kept.size, "dropped": int(offsets[-1])}
 
     return _Partitioned(**do_once(partition.work_uri, name, work))
 

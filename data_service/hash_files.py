@@ -12,7 +12,8 @@ Owns this format. Refuses to hand out hashes whose checksum differs.
 
 import struct
 import zlib
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ import numpy.typing as npt
 from data_service import storage
 from data_service.errors import ShardCorruptError
 
-__all__ = ["HASH", "MAX_BITS", "PLACED_HASH", "HashFile", "bucket_bits", "encode_hashes", "hash_header", "hashes_file"]
+__all__ = ["HASH", "MAX_BITS", "PLACED_HASH", "HashFile", "encode_hashes", "hashes_file", "write_hashes"]
 
 HASH = np.dtype([("high", "<u8"), ("low", "<u8")])
 PLACED_HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
@@ -38,8 +39,8 @@ def hashes_file(generation: int) -> str:
     return "hashes.bin" if generation == 0 else f"hashes.{generation:05d}.bin"
 
 
-def bucket_bits(count: int) -> int:
-    """A number of buckets, as its logarithm, that suits so many hashes."""
+def _bucket_bits(count: int) -> int:
+    """Log2 of the number of buckets for so many hashes."""
     return max(0, min(MAX_BITS, (count // _BUCKET_HASHES).bit_length()))
 
 
@@ -48,29 +49,32 @@ def _header_size(bits: int) -> int:
     return _FIXED.size + 8 * (buckets + 1) + 4 * buckets
 
 
-def hash_header(dtype: np.dtype[Any], bits: int, counts: npt.ArrayLike, crcs: npt.ArrayLike) -> bytes:
-    """The head of a file.
-
-    Args:
-        dtype: HASH or PLACED_HASH.
-        bits: log2 of the number of buckets.
-        counts: hashes of each bucket.
-        crcs: CRC-32 of each bucket's records.
-    """
-    offsets = np.concatenate([np.zeros(1, "<u8"), np.cumsum(np.asarray(counts, dtype="<u8"), dtype="<u8")])
-    fixed = _FIXED.pack(_MAGIC, bits, dtype.itemsize, int(offsets[-1]))
-    return fixed + offsets.astype("<u8").tobytes() + np.asarray(crcs, dtype="<u4").tobytes()
-
-
 def encode_hashes(records: _Records) -> bytes:
     """The bytes of a file of sorted records."""
-    bits = bucket_bits(records.size)
-    bounds = np.searchsorted(records["high"], _first_of_buckets(bits)).tolist() + [records.size]
-    data = records.tobytes()
-    size = records.dtype.itemsize
-    view = memoryview(data)
-    crcs = [zlib.crc32(view[a * size : b * size]) for a, b in zip(bounds, bounds[1:], strict=False)]
-    return hash_header(records.dtype, bits, np.diff(bounds), crcs) + data
+    return _header([records], records.size, records.dtype) + records.tobytes()
+
+
+def write_hashes(target: BinaryIO, count: int, parts: Callable[[], Iterable[_Records]]) -> None:
+    """Write a file of records that are sorted and come in parts, `count` in all; the parts are read twice."""
+    target.write(_header(parts(), count, HASH))
+    for part in parts():
+        target.write(part.tobytes())
+
+
+def _header(parts: Iterable[_Records], count: int, dtype: np.dtype[Any]) -> bytes:
+    """The head of a file of these records."""
+    bits = _bucket_bits(count)
+    ends = np.zeros(2**bits, dtype="<u8")
+    crcs = [0] * 2**bits
+    for part in parts:
+        bounds = [*np.searchsorted(part["high"], _first_of_buckets(bits)).tolist(), part.size]
+        ends += np.array(bounds[1:], dtype="<u8")
+        view = memoryview(part.tobytes())
+        for bucket in np.flatnonzero(np.diff(bounds)).tolist():
+            begin, end = bounds[bucket] * dtype.itemsize, bounds[bucket + 1] * dtype.itemsize
+            crcs[bucket] = zlib.crc32(view[begin:end], crcs[bucket])
+    fixed = _FIXED.pack(_MAGIC, bits, dtype.itemsize, count)
+    return fixed + bytes(8) + ends.astype("<u8").tobytes() + np.array(crcs, dtype="<u4").tobytes()
 
 
 def _first_of_buckets(bits: int) -> npt.NDArray[np.uint64]:

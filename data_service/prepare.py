@@ -17,12 +17,12 @@ Owns the order of these stages, and what is published. Refuses to overwrite anot
 import hashlib
 import json
 import logging
+from dataclasses import asdict
 from importlib.metadata import version
 
 from data_service import storage
 from data_service.claim import claim_folder, work_folder
 from data_service.config import DataConfig
-from data_service.dedupe import PARTITION_DOCUMENTS
 from data_service.errors import ConfigError, DataUnavailableError, SourceError
 from data_service.generations import InputFile, Request, Target, files_of, find_target, look_at
 from data_service.manifest import DatasetManifest, manifest_name, read_manifests
@@ -30,9 +30,10 @@ from data_service.mapping import Mapper, serial
 from data_service.progress import PrepareProgress, Report
 from data_service.publish import Assembly, assemble, move_into_place
 from data_service.reuse import missing_files
-from data_service.spool import CHUNK_BYTES, RUN_DOCUMENTS, rejects_file
+from data_service.spool import rejects_file
 from data_service.stages import (
     Job,
+    Sizes,
     deduplicate,
     encode_all,
     eval_below_of,
@@ -45,6 +46,7 @@ from data_service.stages import (
 __all__ = ["PrepareProgress", "prepare"]
 
 _LOG = logging.getLogger(__name__)
+_SIZES = Sizes()
 _WORK_VERSION = 1
 """Changes whenever the files of a work folder would mean something else."""
 
@@ -117,14 +119,14 @@ def _job(
     parts = {
         "work": _WORK_VERSION,
         "libraries": [version(name) for name in ("stormjib", "tokenizers")],
-        "sizes": [CHUNK_BYTES, RUN_DOCUMENTS, PARTITION_DOCUMENTS],
+        "sizes": asdict(_SIZES),
         "settings": request.settings,
         "files": [(*one.identity, one.file.uri) for one in files],
         "generation": len(earlier),
         "base": earlier[-1].digest if earlier else None,
     }
     key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Job(request, files, earlier, dataset_uri, work_folder(dataset_uri, key), mapper, report)
+    return Job(request, files, earlier, dataset_uri, work_folder(dataset_uri, key), mapper, report, _SIZES)
 
 
 def _build(job: Job) -> Assembly:
@@ -145,8 +147,10 @@ def _add(job: Job) -> DatasetManifest:
     On a remote store, where no claim keeps others away, the look for a manifest just before leaves only the time of the
     moves in which another preparation could finish; checksums tell the files of the one from the other's.
     """
+    uri = storage.join(job.dataset_uri, manifest_name(job.generation))
     try:
         assembly = _build(job)
+        found = _found_meanwhile(job)
     except FileNotFoundError:
         # On a remote store another preparation of the same thing may end, and take the work folder away.
         found = _found_meanwhile(job)
@@ -155,16 +159,14 @@ def _add(job: Job) -> DatasetManifest:
         return found
     except (ConfigError, SourceError):
         rejects = rejects_file(job.generation)
-        if storage.exists(storage.join(job.work_uri, rejects)):
+        if storage.exists(storage.join(job.work_uri, rejects)) and not storage.exists(uri):
             storage.move_file(storage.join(job.work_uri, rejects), storage.join(job.dataset_uri, rejects))
         # Nothing else that was done is of use for what will be asked for next.
         storage.remove_tree(job.work_uri)
         raise
-    found = _found_meanwhile(job)
     if found is None:
         move_into_place(job, assembly)
         manifest = assembly.manifest
-        uri = storage.join(job.dataset_uri, manifest_name(job.generation))
         if storage.put_if_absent(uri, manifest.to_json().encode()):
             found = manifest
             _LOG.info(
@@ -197,7 +199,11 @@ def _found_meanwhile(job: Job) -> DatasetManifest | None:
 
 def _restore(job: Job, old: DatasetManifest) -> None:
     """Write the files of a generation again; they must be those that its manifest names."""
-    assembly = _build(job)
+    try:
+        assembly = _build(job)
+    except (ConfigError, SourceError):
+        storage.remove_tree(job.work_uri)
+        raise
     made = assembly.manifest
     if (made.digest, made.index_digests) != (old.digest, old.index_digests):
         storage.remove_tree(job.work_uri)

@@ -1,7 +1,7 @@
 """Reading: one work item per source file, from records to chunks of text with their hashes.
 
     source file ─ readers ─▶ read/NNNNN/chunk-*.arrow    about 4 MiB of text each: text, hash, label
-                       ├───▶ read/NNNNN/run-*.bin        sorted hashes of up to half a million documents, with places
+                       ├───▶ read/NNNNN/run-*.bin        sorted hashes of half a million documents each, with places
                        └───▶ read/NNNNN/rejects-*.jsonl  file, line, reason
 
 Memory holds one chunk of text and the hashes of one run, however long the file is. Duplicates are still in.
@@ -29,9 +29,7 @@ from data_service.records import Reject
 from data_service.work_items import Result, WorkFiles, arrays_of, arrays_to_bytes, do_once
 
 __all__ = [
-    "CHUNK_BYTES",
     "MAX_CLASSES",
-    "RUN_DOCUMENTS",
     "ChatCheck",
     "Chunk",
     "FileSpool",
@@ -48,10 +46,6 @@ __all__ = [
     "write_rejects",
 ]
 
-CHUNK_BYTES = 4 << 20
-"""Text of a chunk, the unit of encoding."""
-RUN_DOCUMENTS = 1 << 19
-"""Documents of a run, the unit of sorting."""
 MAX_CLASSES = 65_536
 _HASH_RANGE = 2**64
 _REJECTS_OF_A_FILE = 10_000

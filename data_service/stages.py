@@ -15,7 +15,7 @@ import numpy as np
 from data_service import storage
 from data_service.chat import ChatTemplate, messages_of
 from data_service.config import DataConfig
-from data_service.dedupe import PARTITION_DOCUMENTS, Duplicates, find_duplicates, kept_of
+from data_service.dedupe import Duplicates, find_duplicates, kept_of
 from data_service.encode import EncodedChunk, EncodeItem, EncodeSettings, encode_chunk
 from data_service.errors import ConfigError, ShardCorruptError, SourceError
 from data_service.generations import InputFile, Request
@@ -25,8 +25,6 @@ from data_service.mapping import Mapper
 from data_service.progress import PrepareProgress, PrepareStage, Report
 from data_service.shard_writer import PartItem, PartShards, write_part
 from data_service.spool import (
-    CHUNK_BYTES,
-    RUN_DOCUMENTS,
     ChatCheck,
     ReadItem,
     Spool,
@@ -42,6 +40,7 @@ from data_service.work_items import WorkFiles, arrays_of, do_once
 
 __all__ = [
     "Job",
+    "Sizes",
     "TokenizerPlace",
     "deduplicate",
     "encode_all",
@@ -51,6 +50,18 @@ __all__ = [
     "tokenizer_of",
     "write_all",
 ]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much an item takes at a time. The bytes of a dataset do not depend on them, its memory does."""
+
+    chunk_bytes: int = 4 << 20
+    """Text of a chunk, the unit of encoding."""
+    run_documents: int = 1 << 19
+    """Documents whose hashes are sorted together."""
+    partition_documents: int = 1 << 19
+    """Documents among which duplicates are looked for together, about."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Job:
     work_uri: str
     mapper: Mapper
     report: Report
+    sizes: Sizes
 
     @property
     def config(self) -> DataConfig:
@@ -133,8 +145,8 @@ def read_all(job: Job) -> Spool:
             number=number,
             file=one.file,
             max_record_bytes=config.rejects.max_record_bytes,
-            chunk_bytes=CHUNK_BYTES,
-            run_documents=RUN_DOCUMENTS,
+            chunk_bytes=job.sizes.chunk_bytes,
+            run_documents=job.sizes.run_documents,
             with_runs=config.split.deduplicate,
             with_labels=config.rows == "document" and one.file.source.label is not None,
             chat=chat if one.file.source.messages is not None else None,
@@ -176,7 +188,7 @@ def deduplicate(job: Job, spool: Spool) -> Duplicates:
         return Duplicates({})
     job.tell("deduplicate", 0, spool.num_bytes, spool)
     hashes = [storage.join(job.dataset_uri, hashes_file(number)) for number in range(job.generation)]
-    found = find_duplicates(job.work_uri, spool, hashes, job.generation, PARTITION_DOCUMENTS, job.mapper)
+    found = find_duplicates(job.work_uri, spool, hashes, job.generation, job.sizes.partition_documents, job.mapper)
     job.tell("deduplicate", spool.num_bytes, spool.num_bytes, spool)
     return found
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_service.config import DataConfig
 from data_service.errors import StormjibError
+from data_service.encode import encode_chunk
 from data_service.mapping import ItemT, ResultT
 from data_service.prepare import prepare
 
@@ -68,8 +69,9 @@ def _run(config: DataConfig, dataset: str, in_the_middle: Event, go_on: Event, w
     logging.getLogger("data_service").addHandler(_SetOnWait(waits))
 
     def mapper(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
-        in_the_middle.set()
-        assert go_on.wait(DEADLINE_S)
+        if function is encode_chunk:
+            in_the_middle.set()
+            assert go_on.wait(DEADLINE_S)
         return map(function, items)
 
     try:

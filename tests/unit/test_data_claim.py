@@ -7,8 +7,9 @@ import pytest
 from data_service.claim import claim_folder
 from data_service.config import TokenizerConfig, TokenizerTrainConfig
 from data_service.errors import ConfigError, DataUnavailableError
+from data_service.manifest import read_manifest
 from data_service.prepare import prepare
-from data_service.shards import read_manifest, read_tokens
+from data_service.shards import read_tokens
 from data_service.storage import exists, join, list_names, remove_tree
 from tests.helpers.data_runs import reviews, small_config, write_csv
 from tests.helpers.prepare_process import DEADLINE_S, PrepareProcess
@@ -107,7 +108,14 @@ def test_on_a_store_without_locks_the_first_to_end_stays_whole(config, other, al
         for split in ("train", "eval"):
             ours, theirs = read_tokens(dataset, split), read_tokens(str(alone), split)
             assert [part.tolist() for part in ours] == [part.tolist() for part in theirs]
-        assert list_names(dataset) == ["manifest.json", "rejects.jsonl", "shards", "tokenizer"]
+        assert list_names(dataset) == [
+            "hashes.bin",
+            "manifest.json",
+            "rejects.jsonl",
+            "shards",
+            "stats.json",
+            "tokenizer",
+        ]
     finally:
         remove_tree(dataset)
     assert not exists(join(dataset, "manifest.json"))

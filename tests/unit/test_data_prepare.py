@@ -13,10 +13,19 @@ import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
-from data_service.config import RejectsConfig, SourceConfig, SplitConfig, TokenizerConfig, TokenizerTrainConfig
+from data_service.config import (
+    DataConfig,
+    RejectsConfig,
+    SourceConfig,
+    SplitConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+)
 from data_service.errors import ConfigError, ShardCorruptError, SourceError
+from data_service.manifest import DatasetManifest, read_manifest
 from data_service.prepare import PrepareProgress, prepare
-from data_service.shards import DatasetManifest, load_shard, read_index, read_manifest, read_tokens
+from data_service.shards import ShardIndex, load_shard, read_tokens
+from data_service.stages import Sizes
 from data_service.tokenizer import END_TOKEN
 from tests.helpers.data_runs import reviews, small_config, write_csv
 
@@ -52,8 +61,8 @@ def test_the_text_comes_back_and_every_document_ends(corpus, dataset):
     train, held_out = documents(dataset, "train"), documents(dataset, "eval")
     assert sorted(train + held_out) == sorted(reviews(400))
     manifest = read_manifest(str(dataset))
-    assert manifest.splits["train"].num_documents == len(train) > 10 * 3
-    assert manifest.splits["eval"].num_documents == len(held_out) > 0
+    assert manifest.num_documents("train") == len(train) > 10 * 3
+    assert manifest.num_documents("eval") == len(held_out) > 0
     assert manifest.vocab_size == 600
     assert manifest.token_dtype == "uint16"
     assert DatasetManifest.from_json(manifest.to_json()) == manifest
@@ -61,41 +70,56 @@ def test_the_text_comes_back_and_every_document_ends(corpus, dataset):
 
 def test_shards_are_of_one_size_and_know_where_documents_begin(dataset):
     manifest = read_manifest(str(dataset))
-    entries = read_index(str(dataset), manifest)["train"]
-    assert len(entries) == manifest.splits["train"].num_shards > 3
+    entries = list(ShardIndex(str(dataset), manifest).entries("train"))
+    assert len(entries) == manifest.splits["train"][0].num_shards > 3
     assert {entry.num_tokens for entry in entries[:-1]} == {2048}
     shards = [load_shard(str(dataset), entry) for entry in entries]
-    tokens = np.concatenate([shard.tokens for shard in shards])
-    starts = np.concatenate([shard.starts for shard in shards])
+    tokens = np.concatenate([shard.tokens[: entry.num_tokens] for shard, entry in zip(shards, entries, strict=True)])
     after_end = np.concatenate([[0], np.flatnonzero(tokens == manifest.eos_id)[:-1] + 1])
-    np.testing.assert_array_equal(np.flatnonzero(starts), after_end)
+    for number, shard in enumerate(shards):
+        if number < len(shards) - 1:
+            assert shard.tokens.size == 2049
+            assert shard.tokens[-1] == shards[number + 1].tokens[0]
+        here = (after_end >= number * 2048) & (after_end < number * 2048 + shard.tokens.size)
+        np.testing.assert_array_equal(shard.starts, after_end[here] - number * 2048)
 
 
 @pytest.mark.timeout(180)
 def test_bytes_are_the_same_from_a_pool_of_processes(corpus, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_service.spool._CHUNK_BYTES", 4096)
+    sizes = Sizes(chunk_bytes=4096, run_documents=50, partition_documents=30)
+    monkeypatch.setattr("data_service.prepare._SIZES", sizes)
     prepare(small_config(corpus), str(tmp_path / "serial"))
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        sizes = []
+        counts = []
 
         def pooled(function, items):
-            sizes.append(len(items))
+            counts.append(len(items))
             return pool.map(function, items)
 
         prepare(small_config(corpus), str(tmp_path / "pool"), mapper=pooled)
-    assert sizes[0] > 5
+    assert max(counts) > 5
     assert all_bytes(tmp_path / "pool") == all_bytes(tmp_path / "serial") == all_bytes(dataset)
 
 
 def test_progress_reaches_its_end(corpus, tmp_path):
     seen: list[PrepareProgress] = []
     prepare(small_config(corpus), str(tmp_path / "d"), progress=seen.append)
-    assert [one.stage for one in seen if one.done == one.total] == ["read", "encode"]
+    assert [one.stage for one in seen if one.done == one.total] == [
+        "read",
+        "deduplicate",
+        "tokenizer",
+        "encode",
+        "write",
+    ]
+    assert all(0 <= one.done <= one.total for one in seen)
+    assert seen[0].total == corpus.stat().st_size
     assert seen[-1].num_records == 400
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        "hashes.bin",
         "manifest.json",
         "rejects.jsonl",
         "shards",
+        "stats.json",
         "tokenizer",
     ]
 
@@ -158,7 +182,7 @@ def test_a_tiny_corpus_still_has_both_parts(tmp_path):
     with pytest.raises(SourceError, match="one distinct document"):
         prepare(small_config(write_csv(tmp_path / "1.csv", ["a text", "a text"])), str(tmp_path / "1"))
     manifest = prepare(small_config(path, eval_share=0.0), str(tmp_path / "none"))
-    assert manifest.splits["eval"].num_tokens == 0
+    assert manifest.splits["eval"] == ()
 
 
 def test_text_that_spells_the_end_token_ends_nothing(tmp_path):
@@ -175,15 +199,12 @@ def test_a_missing_file_a_missing_column_and_an_empty_file_are_named(tmp_path):
     empty.write_text("")
     other = tmp_path / "other.csv"
     other.write_text("body,label\nsome text,x\n")
-    utf16 = tmp_path / "utf16.csv"
-    utf16.write_text("text\nsome text\n", encoding="utf-16")
     cases = [
         (tmp_path / "absent.csv", r"data\.sources\.0\.path=.*absent\.csv.*does not exist"),
         (tmp_path / "*.tsv.csv", "no file matches"),
         (header_only, r"header\.csv.*a header and no records"),
         (empty, r"empty\.csv.*empty, not even a header"),
-        (other, r"other\.csv.*'text' was asked for, the columns are 'body', 'label'"),
-        (utf16, "UTF-16"),
+        (other, r"other\.csv.*text=text was asked for, it is not among the columns 'body', 'label'"),
     ]
     for path, message in cases:
         with pytest.raises(SourceError, match=message) as caught:
@@ -197,7 +218,7 @@ def test_a_label_column_must_exist_and_is_not_stored(corpus, dataset, tmp_path):
     config = base.model_copy(update={"sources": (SourceConfig(path=str(corpus), label="label"),)})
     assert prepare(config, str(tmp_path / "d")).digest == read_manifest(str(dataset)).digest
     config = base.model_copy(update={"sources": (SourceConfig(path=str(corpus), label="stars"),)})
-    with pytest.raises(SourceError, match="'stars' was asked for, the columns are 'text', 'label'"):
+    with pytest.raises(SourceError, match="stars was asked for, it is not among the columns 'text', 'label'"):
         prepare(config, str(tmp_path / "e"))
 
 
@@ -217,8 +238,16 @@ def test_jsonl_parquet_and_text_give_what_csv_gives(corpus, dataset, tmp_path):
         config = small_config(corpus).model_copy(
             update={"sources": (source,), "rejects": RejectsConfig(max_fraction=1.0)}
         )
-        with pytest.raises(SourceError, match="'body' was asked for, the columns are 'text', 'n'"):
+        with pytest.raises(SourceError, match="body was asked for, it is not among the columns 'text', 'n'"):
             prepare(config, str(tmp_path / "e"))
+
+
+def named(config: DataConfig, *names: str) -> DataConfig:
+    """The configuration with names given to its sources."""
+    sources = tuple(
+        source.model_copy(update={"name": name}) for source, name in zip(config.sources, names, strict=True)
+    )
+    return config.model_copy(update={"sources": sources})
 
 
 def test_an_existing_dataset_is_reused_or_refused_and_never_touched(corpus, dataset, tmp_path):
@@ -227,7 +256,9 @@ def test_an_existing_dataset_is_reused_or_refused_and_never_touched(corpus, data
     assert prepare(small_config(corpus, seq_len=64), str(dataset)) == manifest
     moved = tmp_path / "moved.csv"
     moved.write_bytes(corpus.read_bytes())
-    assert prepare(small_config(moved), str(dataset)) == manifest
+    assert prepare(named(small_config(moved), "reviews"), str(dataset)) == manifest
+    with pytest.raises(ConfigError, match=r"source 'reviews' \(text, messages, label\).*absent here"):
+        prepare(small_config(moved), str(dataset))
     other = small_config(corpus).model_copy(
         update={
             "tokenizer": TokenizerConfig(train=TokenizerTrainConfig(vocab_size=500)),
@@ -237,8 +268,8 @@ def test_an_existing_dataset_is_reused_or_refused_and_never_touched(corpus, data
     with pytest.raises(ConfigError, match=r"data\.split\.eval is 0\.1 there and 0\.2 here.*vocab_size is 600 there"):
         prepare(other, str(dataset))
     moved.write_bytes(corpus.read_bytes() + b"one more,x\n")
-    with pytest.raises(ConfigError, match=r"source file 0 \(content\)") as caught:
-        prepare(small_config(moved), str(dataset))
+    with pytest.raises(ConfigError, match=r"source file 0 \(content\) of 'reviews'") as caught:
+        prepare(named(small_config(moved), "reviews"), str(dataset))
     assert caught.value.exit_code == 2
     assert all_bytes(dataset) == before
 
@@ -257,7 +288,10 @@ def _truncate(path):
         ("shards/train-00001.arrow", _delete),
         ("shards/train-00001.arrow", _truncate),
         ("shards/eval-00000.arrow", _truncate),
-        ("shards/index.arrow", _delete),
+        ("shards/index-00000.arrow", _delete),
+        ("shards/index-00000.arrow", _truncate),
+        ("hashes.bin", _truncate),
+        ("stats.json", _delete),
         ("tokenizer/tokenizer.json", _truncate),
         ("tokenizer/special_tokens_map.json", _delete),
     ],
@@ -319,7 +353,7 @@ def test_transformers_loads_the_tokenizer_folder(dataset):
 def test_a_damaged_shard_or_index_is_named(corpus, tmp_path):
     prepare(small_config(corpus), str(tmp_path))
     manifest = read_manifest(str(tmp_path))
-    entry = read_index(str(tmp_path), manifest)["train"][1]
+    entry = ShardIndex(str(tmp_path), manifest).entry("train", 1)
     shard = tmp_path / "shards" / "train-00001.arrow"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -332,6 +366,6 @@ def test_a_damaged_shard_or_index_is_named(corpus, tmp_path):
     shard.unlink()
     with pytest.raises(ShardCorruptError, match="train-00001"):
         load_shard(str(tmp_path), entry)
-    (tmp_path / "shards" / "index.arrow").write_bytes(b"x")
-    with pytest.raises(ShardCorruptError, match=r"index\.arrow"):
-        read_index(str(tmp_path), manifest)
+    (tmp_path / "shards" / "index-00000.arrow").write_bytes(b"x")
+    with pytest.raises(ShardCorruptError, match=r"index-00000\.arrow"):
+        ShardIndex(str(tmp_path), manifest).entry("train", 1)
