@@ -2,29 +2,28 @@
 
 Anything may be read; what only one writer may publish goes to local file systems with hard links and to S3.
 
-Owns atomic publication (a reader sees the whole of a file or none of it), writes that fail when the file exists,
-ranged reads and bounded retries on remote stores. What an absent file means is the caller's business: FileNotFoundError
-passes through. Filesystems are created on first use in the process that uses them, never inherited over a fork.
+Owns atomic publication (a reader sees the whole of a file or none of it), writes that fail when the file exists, and
+reads that are whole or fail; requests to remote stores, their retries and deadlines are `data_service.object_store`'s.
+What an absent file means is the caller's business: FileNotFoundError passes through.
 """
 
 import contextlib
 import errno
-import io
-import logging
 import os
-import random
 import shutil
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import BinaryIO, Literal, cast
 
 from data_service.errors import ConfigError
+from data_service.object_store import call, configure_s3, fetch, filesystem, is_s3, open_remote, retry, s3_environment
 
 __all__ = [
     "check_commits",
+    "configure_s3",
     "content_tag",
     "exists",
     "file_size",
@@ -44,19 +43,17 @@ __all__ = [
     "read_range",
     "remove_file",
     "remove_tree",
+    "s3_environment",
     "write_bytes",
 ]
 
-_LOG = logging.getLogger(__name__)
-_ATTEMPTS = 5
-_FIRST_BACKOFF_S = 0.2
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _COMMIT_PROTOCOLS = ("s3", "s3a", "memory")
 """Stores whose exclusive create is one: a conditional put on S3, a check in this process's memory. What fsspec does for
 a file system that has none of its own looks first and writes then, so that two writers may both win."""
-_NOT_WORTH_RETRYING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-
-ResultT = TypeVar("ResultT")
+_READ_PIECE = 32 << 20
+"""Most bytes of one request of a read; a shard comes in one."""
+_PARALLEL_READS = 4
 
 
 def is_local(uri: str) -> bool:
@@ -76,69 +73,12 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/") if uri != "/" else "", *parts])
 
 
-def _remote(uri: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a remote URI, and the path in it."""
-    import fsspec
-
-    try:
-        return cast("tuple[Any, str]", fsspec.core.url_to_fs(uri))
-    except (ValueError, ImportError) as cause:
-        raise ConfigError(f"{uri}: {str(cause).rstrip('.')}. Use a folder or an s3:// URI.") from cause
-
-
-def _store_library(error: Exception) -> bool:
-    """Whether an error comes from the libraries under s3fs, which raise their own kinds when no answer came at all."""
-    return type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
-
-
-def _refusal(what: str, error: Exception) -> ConfigError | None:
-    """The message for an error that the user has to mend: no credentials, no permission, no such bucket."""
-    if "Credentials" in type(error).__name__ or isinstance(error, PermissionError):
-        fix = "Set credentials that may do this, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    elif isinstance(error, FileNotFoundError) and any(
-        sign in repr((error, error.__cause__)) for sign in ("NoSuchBucket", "bucket does not exist")
-    ):
-        fix = "Create the bucket, or name another one"
-    else:
-        return None
-    return ConfigError(f"{what}: {str(error).rstrip('.') or type(error).__name__}. {fix}.")
-
-
-def _retry(what: str, action: Callable[[], ResultT]) -> ResultT:
-    """Run a remote action, at most _ATTEMPTS times, with jittered exponential waits between.
-
-    Raises:
-        OSError: the last failure; failures of the libraries below are wrapped in one.
-        ConfigError: credentials, permission or the bucket are missing.
-    """
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return action()
-        except Exception as error:
-            refusal = _refusal(what, error)
-            if refusal is not None:
-                raise refusal from error
-            if isinstance(error, _NOT_WORTH_RETRYING):
-                raise
-            if not isinstance(error, OSError) and not _store_library(error):
-                raise
-            if attempt == _ATTEMPTS:
-                raise OSError(
-                    f"{what} failed {_ATTEMPTS} times, at last with {type(error).__name__}: {error}"
-                ) from error
-            wait_s = _FIRST_BACKOFF_S * 2 ** (attempt - 1) * (0.5 + random.random())
-            _LOG.warning("%s failed (attempt %d of %d), again in %.1f s: %s", what, attempt, _ATTEMPTS, wait_s, error)
-            time.sleep(wait_s)
-    raise AssertionError("unreachable")
-
-
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
     if is_local(uri):
         return local_path(uri).exists()
-    fs, path = _remote(uri)
-    fs.invalidate_cache()  # listings from before say nothing about other writers
-    return _retry(f"looking for {uri}", lambda: bool(fs.exists(path)))
+    fs, path = filesystem(uri)
+    return retry(f"looking for {uri}", lambda: bool(call(fs, "exists", path)))
 
 
 def kind_of(uri: str) -> Literal["file", "folder"] | None:
@@ -146,9 +86,9 @@ def kind_of(uri: str) -> Literal["file", "folder"] | None:
     if is_local(uri):
         here = local_path(uri)
         return "folder" if here.is_dir() else "file" if here.exists() else None
-    fs, path = _remote(uri)
+    fs, path = filesystem(uri)
     try:
-        found = _retry(f"looking for {uri}", lambda: fs.info(path))
+        found = retry(f"looking for {uri}", lambda: call(fs, "info", path))
     except FileNotFoundError:
         return None
     return "folder" if found["type"] == "directory" else "file"
@@ -158,8 +98,8 @@ def content_tag(uri: str) -> str | None:
     """What a store itself says of a file's content, its size and ETag; None for local files and other stores."""
     if is_local(uri):
         return None
-    fs, path = _remote(uri)
-    found = _retry(f"looking at {uri}", lambda: fs.info(path))
+    fs, path = filesystem(uri)
+    found = retry(f"looking at {uri}", lambda: call(fs, "info", path))
     tag = str(found.get("ETag") or "").strip('"')
     return f"{found['size']}/{tag}" if tag else None
 
@@ -168,16 +108,21 @@ def file_size(uri: str) -> int:
     """Bytes of a file."""
     if is_local(uri):
         return local_path(uri).stat().st_size
-    fs, path = _remote(uri)
-    return _retry(f"the size of {uri}", lambda: int(fs.size(path)))
+    fs, path = filesystem(uri)
+    return retry(f"the size of {uri}", lambda: int(call(fs, "size", path)))
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole of a file."""
+    """The whole of a file, as it was at one moment."""
     if is_local(uri):
         return local_path(uri).read_bytes()
-    fs, path = _remote(uri)
-    return _retry(f"reading {uri}", lambda: bytes(fs.cat_file(path)))
+    if not is_s3(uri):
+        fs, path = filesystem(uri)
+        return retry(f"reading {uri}", lambda: bytes(call(fs, "cat_file", path)))
+    first = fetch(uri, 0, _READ_PIECE)
+    if first.size is None or first.size <= len(first.data):
+        return first.data
+    return first.data + _read_pieces(uri, len(first.data), first.size - len(first.data), first.tag)
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
@@ -186,18 +131,22 @@ def read_range(uri: str, start: int, length: int) -> bytes:
         with local_path(uri).open("rb") as file:
             file.seek(start)
             return file.read(length)
-    fs, path = _remote(uri)
-    return _retry(f"reading {uri}", lambda: bytes(fs.cat_file(path, start=start, end=start + length)))
+    return _read_pieces(uri, start, length, None)
+
+
+def _read_pieces(uri: str, start: int, length: int, tag: str | None) -> bytes:
+    """A range of a remote file; a long one by several requests at a time, each tried again by itself."""
+    if length <= _READ_PIECE:
+        return fetch(uri, start, length, tag).data
+    places = range(start, start + length, _READ_PIECE)
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        pieces = pool.map(lambda place: fetch(uri, place, min(_READ_PIECE, start + length - place), tag), places)
+        return b"".join(piece.data for piece in pieces)
 
 
 def open_input(uri: str) -> BinaryIO:
-    """A readable, seekable stream of a file; the caller closes it."""
-    if is_local(uri):
-        return local_path(uri).open("rb")
-    fs, path = _remote(uri)
-    raw = _retry(f"opening {uri}", lambda: fs.open(path, "rb"))
-    # fsspec's own files read lines without a bound.
-    return io.BufferedReader(raw, 1 << 20)
+    """A readable, seekable stream of a file; the caller closes it. A remote file must not change while it is read."""
+    return local_path(uri).open("rb") if is_local(uri) else open_remote(uri)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -222,11 +171,12 @@ def publish(uri: str) -> Iterator[BinaryIO]:
     this machine's temporary folder and uploaded at the end, so that a failed upload can be tried again.
     """
     if not is_local(uri):
-        fs, remote_path = _remote(uri)
+        fs, remote_path = filesystem(uri, "transfer")
         with tempfile.NamedTemporaryFile(prefix="stormjib-") as spool:
             yield cast(BinaryIO, spool)
             spool.flush()
-            _retry(f"writing {uri}", lambda: fs.put_file(spool.name, remote_path))
+            size = os.fstat(spool.fileno()).st_size
+            retry(f"writing {uri}", lambda: call(fs, "put_file", spool.name, remote_path, num_bytes=size))
         return
     path = local_path(uri)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,14 +263,14 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
-    fs, remote_path = _remote(uri)
+    fs, remote_path = filesystem(uri)
     attempts = 0
 
     def put() -> None:
         nonlocal attempts
         attempts += 1
         try:
-            fs.pipe_file(remote_path, data, mode="create")
+            call(fs, "pipe_file", remote_path, data, mode="create", num_bytes=len(data))
         except OSError as error:
             # Stores differ in what they say beside the code; some leave out which condition failed.
             if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
@@ -328,7 +278,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             raise
 
     try:
-        _retry(f"writing {uri}", put)
+        retry(f"writing {uri}", put)
     except FileExistsError:
         # An earlier attempt may have arrived although its answer did not.
         return attempts > 1 and read_bytes(uri) == data
@@ -341,10 +291,9 @@ def list_names(uri: str) -> list[str]:
         path = local_path(uri)
         names: Sequence[str] = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     else:
-        fs, remote_path = _remote(uri)
-        fs.invalidate_cache()
+        fs, remote_path = filesystem(uri, "transfer")
         try:
-            found = _retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=False))
+            found = retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=False))
         except FileNotFoundError:
             found = []
         names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found]
@@ -356,10 +305,9 @@ def list_sizes(uri: str) -> dict[str, int]:
     if is_local(uri):
         path = local_path(uri)
         return {one.name: one.stat().st_size for one in path.iterdir() if one.is_file()} if path.is_dir() else {}
-    fs, remote_path = _remote(uri)
-    fs.invalidate_cache()
+    fs, remote_path = filesystem(uri, "transfer")
     try:
-        found = _retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=True))
+        found = retry(f"listing {uri}", lambda: fs.ls(remote_path, detail=True))
     except FileNotFoundError:
         return {}
     return {str(one["name"]).rsplit("/", 1)[-1]: int(one["size"]) for one in found if one["type"] == "file"}
@@ -371,9 +319,9 @@ def list_tree(uri: str) -> list[str]:
         root = local_path(uri)
         below = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
         return sorted(path.relative_to(root).as_posix() for path in below)
-    fs, remote_path = _remote(uri)
+    fs, remote_path = filesystem(uri, "transfer")
     prefix = remote_path.rstrip("/") + "/"
-    found = _retry(f"listing {uri}", lambda: fs.find(remote_path))
+    found = retry(f"listing {uri}", lambda: fs.find(remote_path))
     return sorted(str(entry).removeprefix(prefix) for entry in found if str(entry).startswith(prefix))
 
 
@@ -385,20 +333,21 @@ def move_file(source: str, target: str) -> None:
         local_path(source).replace(path)
         _sync_folder(path.parent)
         return
-    fs, source_path = _remote(source)
-    _, target_path = _remote(target)
-    _retry(f"writing {target}", lambda: fs.cp_file(source_path, target_path))
+    fs, source_path = filesystem(source, "transfer")
+    _, target_path = filesystem(target, "transfer")
+    size = file_size(source)
+    retry(f"writing {target}", lambda: call(fs, "cp_file", source_path, target_path, num_bytes=size))
     remove_file(source)
 
 
 def glob_files(pattern: str) -> list[str]:
     """Files that match a pattern with `*`, `?` or `[…]`, as URIs, sorted."""
-    fs, path = _remote(pattern)
+    fs, path = filesystem(pattern, "transfer")
 
     def look() -> list[str]:
-        return sorted(str(entry) for entry in fs.glob(path) if not fs.isdir(entry))
+        return sorted(str(name) for name, found in fs.glob(path, detail=True).items() if found["type"] != "directory")
 
-    found = look() if is_local(pattern) else _retry(f"looking for {pattern}", look)
+    found = look() if is_local(pattern) else retry(f"looking for {pattern}", look)
     return found if is_local(pattern) else [str(fs.unstrip_protocol(entry)) for entry in found]
 
 
@@ -407,9 +356,9 @@ def remove_file(uri: str) -> None:
     if is_local(uri):
         local_path(uri).unlink(missing_ok=True)
         return
-    fs, path = _remote(uri)
+    fs, path = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
-        _retry(f"deleting {uri}", lambda: fs.rm_file(path))
+        retry(f"deleting {uri}", lambda: call(fs, "rm_file", path))
 
 
 def remove_tree(uri: str) -> None:
@@ -419,6 +368,6 @@ def remove_tree(uri: str) -> None:
         if path.exists():
             shutil.rmtree(path)
         return
-    fs, remote_path = _remote(uri)
+    fs, remote_path = filesystem(uri, "transfer")
     with contextlib.suppress(FileNotFoundError):
-        _retry(f"deleting {uri}", lambda: fs.rm(remote_path, recursive=True))
+        retry(f"deleting {uri}", lambda: fs.rm(remote_path, recursive=True))

@@ -8,7 +8,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.cli import _environment_failure
 from data_service.errors import ConfigError
-from data_service.storage import _retry
+from data_service.object_store import retry
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_a_store_refuses_is_the_users_to_mend(error: OSError, fix: str) -> 
         raise error
 
     with pytest.raises(ConfigError, match=fix) as raised:
-        _retry("writing s3://b/x", refused)
+        retry("writing s3://b/x", refused)
     assert str(raised.value).startswith("writing s3://b/x: ")
 
 
@@ -54,4 +54,4 @@ def test_an_absent_file_stays_the_callers_business() -> None:
         raise FileNotFoundError("b/x")
 
     with pytest.raises(FileNotFoundError):
-        _retry("reading s3://b/x", absent)
+        retry("reading s3://b/x", absent)
