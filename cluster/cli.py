@@ -32,6 +32,7 @@ _COMMANDS: dict[str, str] = {
     "prepare": "turn the sources into a dataset",
     "train": "prepare and train, then export",
     "serve": "serve the promoted checkpoint of a run",
+    "data": "tell what a dataset holds, or show the rows of a step",
     "generate": "complete a prompt with a model folder or a run",
     "export": "write a checkpoint as a Hugging Face folder",
     "checkpoint": "list checkpoints",
