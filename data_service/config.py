@@ -202,7 +202,7 @@ class DataConfig(Section):
     """The evaluation split."""
     rejects: RejectsConfig = RejectsConfig()
     """Tolerance for bad records."""
-    shard_tokens: int = Field(4 * 2**20, ge=1024)
+    shard_tokens: int = Field(4 * 2**20, ge=1024, le=2**30)
     """Tokens in a shard file; only the last of a source's preparation is shorter."""
     shuffle_window_shards: int = Field(16, ge=1)
     """Rows are shuffled inside windows of this many shards."""

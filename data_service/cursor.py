@@ -50,10 +50,12 @@ class Cursor:
             ValueError: when it is not a cursor.
         """
         value = json.loads(text)
-        try:
-            cursor = cls(plan_digest=str(value["plan_digest"]), consumed_batches=int(value["consumed_batches"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is not a cursor: {text[:200]!r}.") from error
-        if cursor.consumed_batches < 0:
-            raise ValueError(f"cursor.consumed_batches={cursor.consumed_batches} is negative.")
-        return cursor
+        digest, consumed = (
+            (value.get("plan_digest"), value.get("consumed_batches")) if isinstance(value, dict) else ("", 0)
+        )
+        if not isinstance(digest, str) or not digest or type(consumed) is not int or consumed < 0:
+            raise ValueError(
+                f"a cursor was asked for, this is none: {text[:200]!r}. It holds plan_digest, a text, and "
+                "consumed_batches, a number of at least 0. Resume from another checkpoint."
+            )
+        return cls(digest, consumed)

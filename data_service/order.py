@@ -105,8 +105,9 @@ def _prefix_sums(weights: Sequence[int]) -> _U64:
     return sums
 
 
+@lru_cache(maxsize=1 << 14)
 def _round_keys(plan: Plan, part: int, purpose: str, *numbers: int) -> _U64:
-    """Keys of one permutation of one part; uint64 [_ROUNDS]."""
+    """Keys of one permutation of one part; uint64 [_ROUNDS], shared: not to be written to."""
     named = plan.parts[part]
     text = "\0".join(
         ["stormjib.order", str(plan.version), plan.dataset_digest, plan.split, str(plan.seed)]

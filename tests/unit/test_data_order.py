@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.shuffle_quality import measure, quality_of
 from data_service.mixture import MAX_SAMPLES
 from data_service.order import permute, rows_of_batch, rows_of_batches, shards_of
 from data_service.ownership import fallbacks, owners, owners_of_rows
@@ -321,3 +322,27 @@ def test_fallbacks_are_all_others_and_spread():
         firsts.add(order[0])
     assert len(firsts) > 1
     assert fallbacks(("only",), 0) == []
+
+
+def test_shuffle_quality_of_orders_that_are_known():
+    draw = np.random.default_rng(0)
+    uniform = quality_of(draw.permutation(2**17), rows_per_shard=1024, global_batch=256)
+    assert (uniform.mean_distance, uniform.median_distance) == pytest.approx((1, 1), rel=0.02)
+    assert (uniform.p05_distance, uniform.drift) == pytest.approx((1, 1), rel=0.15)
+    assert uniform.mean_shards == pytest.approx(128 * (1 - (1 - 1 / 128) ** 256), rel=0.02)
+    files = quality_of(np.arange(2**17), rows_per_shard=1024, global_batch=256)
+    assert (files.mean_shards, files.least_shards) == (1, 1)
+    assert files.mean_distance < 1e-4
+    assert files.neighbours_in_batch > 400
+    assert files.drift == pytest.approx(16, rel=0.02)
+
+
+def test_a_wider_window_shuffles_better_and_all_shards_as_a_uniform_shuffle():
+    found = [
+        measure(shards=64, rows_per_shard=256, global_batch=128, window=window, seed=1) for window in (1, 4, 16, 64)
+    ]
+    assert [round(one.mean_shards) for one in found[:3]] == [1, 4, 16]
+    assert [one.mean_distance for one in found] == pytest.approx([1 / 64, 4 / 64, 16 / 64, 1], abs=0.01)
+    assert [one.drift for one in found] == sorted((one.drift for one in found), reverse=True)
+    assert found[3].drift == pytest.approx(1, rel=0.25)
+    assert found[3].mean_shards == pytest.approx(64 * (1 - (1 - 1 / 64) ** 128), rel=0.02)

@@ -208,7 +208,13 @@ class TestCursor:
         assert len(cursor.to_json()) < 1000
         half = '{"plan_digest":"x"'
         texts = ["[]", "1", "null", '"x"', "{", half + "}", half + ',"consumed_batches":-1}']
-        for broken in (*texts, half + ',"consumed_batches":"many"}', half + ',"consumed_batches":[]}'):
+        for broken in (
+            *texts,
+            half + ',"consumed_batches":1e999}',
+            half + ',"consumed_batches":true}',
+            half + ',"consumed_batches":"many"}',
+            half + ',"consumed_batches":[]}',
+        ):
             with pytest.raises(ValueError):  # noqa: PT011
                 Cursor.from_json(broken)
 
