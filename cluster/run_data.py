@@ -17,7 +17,8 @@ from data_service.config import DataConfig
 from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.manifest import DatasetManifest, read_manifest, read_manifests
-from data_service.plan import OrderSpec, Plan, make_plan
+from data_service.plan import OrderSpec, Plan
+from data_service.planning import make_plan
 from trainer import manifest as checkpoints
 from trainer.errors import CheckpointError
 from trainer.manifest import TrainState

@@ -29,7 +29,8 @@ from data_service.errors import ConfigError
 from data_service.manifest import SPLITS, DatasetManifest, read_manifest
 from data_service.membership import HEARTBEAT_S, Membership
 from data_service.metrics import ControlMetrics, MetricsServer, WorkerCounters
-from data_service.plan import OrderSpec, Split, make_plan
+from data_service.plan import OrderSpec, Split
+from data_service.planning import make_plan
 
 __all__ = ["MAX_ORDER_BYTES", "WORKERS_HEALTH", "ControlServer"]
 

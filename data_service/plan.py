@@ -1,6 +1,6 @@
 """The plan of a split: all that the order of rows depends on, and nothing else.
 
-    OrderSpec (what a run asks for) + DatasetManifest ─ make_plan ─▶ Plan ─ order.rows_of_batches ─▶ row ids
+    OrderSpec (what a run asks for) + DatasetManifest ─ planning.make_plan ─▶ Plan ─ order.rows_of_batches ─▶ row ids
 
 Owns `OrderSpec`, `Plan`, their JSON forms and digests. A plan is a few hundred bytes at any scale; it travels in every
 ticket, so that data workers keep no state. Refuses to know files, ranks or workers.
@@ -11,7 +11,6 @@ A plan only ever grows behind what was consumed: a change of weights or a skippe
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -20,8 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from data_service.config import DataConfig, RowKind
-from data_service.errors import ConfigError, CursorMismatchError
-from data_service.manifest import DatasetManifest, PartInfo
+from data_service.errors import CursorMismatchError
 
 __all__ = [
     "MAX_PARTS",
@@ -33,8 +31,6 @@ __all__ = [
     "PlanPart",
     "Segment",
     "Split",
-    "check_plan",
-    "make_plan",
     "part_of_rows",
     "row_id_of",
 ]
@@ -54,7 +50,6 @@ MAX_SKIPS = 256
 MAX_PLAN_BYTES = 2**17
 """Of its JSON: a plan travels in every ticket."""
 PART_SHIFT = 48
-_WEIGHT_UNITS = 10**9
 _MIN_TEMPERATURE, _MAX_TEMPERATURE, _MAX_WEIGHT = 0.01, 1e6, 1e9
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
@@ -321,152 +316,3 @@ def _parsed(adapter: TypeAdapter[Any], text: str | bytes, what: str) -> Any:
         problem = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in problem["loc"])
         raise ValueError(f"this is no {what}: {where}: {problem['msg']}"[:500]) from None
-
-
-def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
-    """The plan of a split of a prepared dataset.
-
-    Raises:
-        ConfigError: when the split holds no row, rows were prepared for another length, or weights name other sources.
-    """
-    if manifest.row_tokens and manifest.row_tokens != spec.seq_len + 1:
-        raise ConfigError(
-            f"data.seq_len={spec.seq_len} was asked for, the dataset's {manifest.rows} rows were prepared for "
-            f"data.seq_len={manifest.row_tokens - 1}. Set it back, or prepare into another data.dataset."
-        )
-    parts = _parts_of(manifest, split, spec.seq_len)
-    if not parts:
-        raise ConfigError(
-            f"the {split} split was asked for, it holds no documents. "
-            + ("Set data.split.eval above 0 and prepare again." if split == "eval" else "Add text to data.sources.")
-        )
-    shuffled = split == "train"
-    plan = Plan(
-        version=PLAN_VERSION,
-        dataset_digest=manifest.digest,
-        split=split,
-        rows=manifest.rows,
-        seed=spec.seed,
-        seq_len=spec.seq_len,
-        global_batch=spec.global_batch,
-        window_shards=spec.window_shards,
-        shuffle=shuffled,
-        isolate_documents=spec.isolate_documents,
-        loss_masks=manifest.loss_masks,
-        num_labels=_num_labels(manifest),
-        parts=parts,
-        segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
-        skip=_joined(spec.skip) if shuffled else (),
-    )
-    if len(plan.to_json()) > MAX_PLAN_BYTES:
-        raise ConfigError(
-            f"the plan of {len(parts)} parts (sources times the preparations that added files) with "
-            f"{len(plan.segments)} sets of weights and {len(plan.skip)} skipped ranges takes {len(plan.to_json())} "
-            f"bytes, at most {MAX_PLAN_BYTES} travel with every read. Name fewer data.sources or "
-            "data.mixture.changes, or prepare all files at once into another data.dataset."
-        )
-    return plan
-
-
-def check_plan(plan: Plan, manifest: DatasetManifest) -> None:
-    """Check that a plan fits a dataset, so that what its rows ask for is there.
-
-    Raises:
-        CursorMismatchError: when it does not.
-    """
-    fits = (
-        plan.dataset_digest == manifest.digest
-        and plan.rows == manifest.rows
-        and plan.loss_masks == manifest.loss_masks
-        and plan.num_labels == _num_labels(manifest)
-        and manifest.row_tokens in (0, plan.seq_len + 1)
-        and plan.parts == _parts_of(manifest, plan.split, plan.seq_len)
-    )
-    if not fits:
-        raise CursorMismatchError(
-            f"rows of plan {plan.digest} of dataset {plan.dataset_digest} were asked for, this is dataset "
-            f"{manifest.digest}, or the plan does not fit it. Ask the workers of that dataset."
-        )
-
-
-def _num_labels(manifest: DatasetManifest) -> int:
-    return len(manifest.labels) if manifest.rows == "document" else 0
-
-
-def _parts_of(manifest: DatasetManifest, split: Split, seq_len: int) -> tuple[PlanPart, ...]:
-    """The parts that have rows."""
-    parts = (_plan_part(manifest, part, seq_len) for part in manifest.splits[split])
-    return tuple(part for part in parts if part.num_rows)
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Ranges in order, with those joined that follow each other: equal skips make equal plans."""
-    joined: list[tuple[int, int]] = []
-    for first, end in ranges:
-        if joined and first == joined[-1][1]:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((first, end))
-    return tuple(joined)
-
-
-def _plan_part(manifest: DatasetManifest, part: PartInfo, seq_len: int) -> PlanPart:
-    """Rows of a part. Stream rows: a shard of S tokens and one more has ceil(S / seq_len) rows.
-
-    The last shard of a part has no token behind it, so S tokens there give S - 1 labels.
-    """
-    if manifest.rows != "stream":
-        return PlanPart(part.source, part.generation, part.num_rows, manifest.shard_rows)
-    rows_per_shard = -(-manifest.shard_tokens // seq_len)
-    if part.num_shards == 0:
-        return PlanPart(part.source, part.generation, 0, rows_per_shard)
-    last_tokens = part.num_tokens - (part.num_shards - 1) * manifest.shard_tokens
-    last_rows = -(-(last_tokens - 1) // seq_len)
-    return PlanPart(part.source, part.generation, (part.num_shards - 1) * rows_per_shard + last_rows, rows_per_shard)
-
-
-def _rows_by_source(parts: Sequence[PlanPart]) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    for part in parts:
-        rows[part.source] = rows.get(part.source, 0) + part.num_rows
-    return rows
-
-
-def _natural(parts: Sequence[PlanPart], temperature: float) -> tuple[Segment, ...]:
-    """Shares by rows; exact at temperature 1, so that an epoch takes every row of every source once."""
-    rows = _rows_by_source(parts)
-    if temperature == 1.0:
-        return (Segment(0, tuple(rows.values())),)
-    return (Segment(0, _units([float(count) for count in rows.values()], temperature)),)
-
-
-def _units(weights: Sequence[float], temperature: float) -> tuple[int, ...]:
-    """Shares weight ** (1 / temperature) in billionths, largest remainders rounded up; a weight above 0 stays so."""
-    powers = [(weight / max(weights)) ** (1.0 / temperature) if weight else 0.0 for weight in weights]
-    exact = [power / sum(powers) * _WEIGHT_UNITS for power in powers]
-    units = [max(int(share), 1 if weight else 0) for share, weight in zip(exact, weights, strict=True)]
-    positive = [index for index, weight in enumerate(weights) if weight]
-    by_remainder = sorted(positive, key=lambda index: (int(exact[index]) - exact[index], index))
-    for index in by_remainder[: max(0, _WEIGHT_UNITS - sum(units))]:
-        units[index] += 1
-    return tuple(units)
-
-
-def _segments(parts: Sequence[PlanPart], spec: OrderSpec) -> tuple[Segment, ...]:
-    names = list(_rows_by_source(parts))
-    given = []
-    for first, weights in spec.weights:
-        wanted = dict(weights)
-        if missing := [name for name in names if name not in wanted]:
-            raise ConfigError(
-                f"weights from global batch {first} on are given for {', '.join(wanted)}, the dataset also holds "
-                f"{', '.join(missing)}. Give each source of data.sources a weight."
-            )
-        if not any(wanted[name] for name in names):
-            raise ConfigError(
-                f"weights from global batch {first} on are 0 for every source with rows. Set one of them above 0."
-            )
-        given.append(Segment(first, _units([wanted[name] for name in names], spec.temperature)))
-    if not given or given[0].first_batch:
-        given = [*_natural(parts, spec.temperature), *given]
-    return tuple(given)

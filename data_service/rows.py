@@ -16,7 +16,8 @@ import numpy.typing as npt
 from data_service.errors import ShardCorruptError
 from data_service.hashing import row_crcs
 from data_service.manifest import DatasetManifest
-from data_service.plan import PART_SHIFT, Plan, check_plan
+from data_service.plan import PART_SHIFT, Plan
+from data_service.planning import check_plan
 from data_service.schema import NO_LABEL, RowBlock
 from data_service.shards import Shard, ShardEntry, ShardIndex, shard_file
 

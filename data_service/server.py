@@ -27,7 +27,8 @@ from data_service.heartbeat import Heartbeat
 from data_service.manifest import DatasetManifest, read_manifest
 from data_service.metrics import MetricsServer, WorkerMetrics
 from data_service.order import BatchRows
-from data_service.plan import Plan, check_plan
+from data_service.plan import Plan
+from data_service.planning import check_plan
 from data_service.prefetch import Prefetch
 from data_service.rows import ShardRows
 from data_service.schema import block_to_batch, wire_schema

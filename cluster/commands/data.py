@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _plan(config: RunConfig, dataset: "DatasetManifest", split: str) -> "Plan":
     from cluster.run_data import order_of
-    from data_service.plan import make_plan
+    from data_service.planning import make_plan
 
     return make_plan(dataset, "eval" if split == "eval" else "train", order_of(config))
 

@@ -10,7 +10,8 @@ from data_service.audit import SampleAudit
 from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
 from data_service.order import rows_of_batch
-from data_service.plan import Plan, make_plan
+from data_service.plan import Plan
+from data_service.planning import make_plan
 from data_service.rows import ShardRows
 from data_service.schema import RowBlock
 from tests.helpers.ranks import RanksFailedError, specs_of

@@ -19,7 +19,7 @@ from data_service.manifest import read_manifest
 from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
 from data_service.ownership import owners_of_rows
-from data_service.plan import make_plan
+from data_service.planning import make_plan
 from data_service.prefetch import AHEAD_BATCHES, EVERY_BATCHES, Prefetch, entries_of
 from data_service.shards import ShardIndex, load_shard
 from data_service.ticket import Ticket

@@ -15,7 +15,8 @@ from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError
 from data_service.manifest import DATASET_VERSION, DatasetManifest, PartInfo
 from data_service.order import rows_of_batch
-from data_service.plan import MAX_PARTS, MAX_PLAN_BYTES, OrderSpec, Plan, check_plan, make_plan
+from data_service.plan import MAX_PARTS, MAX_PLAN_BYTES, OrderSpec, Plan
+from data_service.planning import check_plan, make_plan
 from data_service.ticket import MAX_TICKET_BYTES, Ticket
 from tests.helpers.plans import hand_made
 

@@ -17,7 +17,8 @@ from data_service.errors import CursorMismatchError, DeliveryError, ShardCorrupt
 from data_service.hashing import row_crcs, sample_hash
 from data_service.manifest import INDEX_PAGE, index_file
 from data_service.order import rows_of_batch, rows_of_batches
-from data_service.plan import OrderSpec, make_plan, row_id_of
+from data_service.plan import OrderSpec, row_id_of
+from data_service.planning import make_plan
 from data_service.rows import ShardRows
 from data_service.schema import NO_ROW, BatchSlice, block_to_batch, wire_schema
 from data_service.shards import (

@@ -23,7 +23,8 @@ from data_service.errors import ConfigError
 from data_service.membership import FORGET_AFTER_S, SETTLE_S, SUSPECT_AFTER_S, Membership
 from data_service.metrics import WorkerCounters
 from data_service.order import rows_of_batch
-from data_service.plan import OrderSpec, make_plan
+from data_service.plan import OrderSpec
+from data_service.planning import make_plan
 from data_service.server import PING, DataWorker
 from data_service.ticket import MAX_TICKET_BYTES, Ticket
 from tests.helpers.data_runs import GLOBAL_BATCH, TOKEN, running_service, small_order
