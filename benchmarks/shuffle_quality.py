@@ -73,9 +73,7 @@ def quality_of(rows: npt.NDArray[np.int64], rows_per_shard: int, global_batch: i
     )
 
 
-def measure(
-    shards: int, rows_per_shard: int, global_batch: int, window: int | None, seed: int
-) -> Quality:
+def measure(shards: int, rows_per_shard: int, global_batch: int, window: int | None, seed: int) -> Quality:
     """One epoch of one source; `window` None is a uniform shuffle of numpy."""
     count = shards * rows_per_shard
     if window is None:

@@ -69,6 +69,20 @@ def random_documents(seed: int, num_tokens: int, vocab: int = 500, longest: int 
     return found
 
 
+def packed_shard(draw: np.random.Generator, num_rows: int, width: int) -> Shard:
+    """Rows of 2 … `width` random tokens with answer bits; they may begin inside a document."""
+    lengths = draw.integers(2, width + 1, num_rows)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
+    total = int(offsets[-1])
+    starts = np.flatnonzero(draw.random(total) < 0.1).astype(np.uint32)
+    return Shard(
+        draw.integers(1, 500, total).astype(np.uint16),
+        starts,
+        offsets,
+        np.packbits(draw.random(total) < 0.5, bitorder="little"),
+    )
+
+
 @dataclass(frozen=True)
 class WrittenDataset:
     """A dataset on disk, and what was put into it."""

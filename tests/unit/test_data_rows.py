@@ -5,36 +5,32 @@ import zlib
 from dataclasses import replace
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_service import storage
-from data_service.audit import SampleAudit
 from data_service.cache import ShardCache
-from data_service.errors import CursorMismatchError, DeliveryError, ShardCorruptError
+from data_service.errors import CursorMismatchError, ShardCorruptError
 from data_service.hashing import row_crcs, sample_hash
-from data_service.manifest import INDEX_PAGE, index_file
 from data_service.order import rows_of_batch, rows_of_batches
 from data_service.plan import OrderSpec, row_id_of
 from data_service.planning import make_plan
 from data_service.rows import ShardRows
 from data_service.schema import NO_ROW, BatchSlice, block_to_batch, wire_schema
 from data_service.shards import (
-    Shard,
-    ShardEntry,
     ShardIndex,
-    checksum,
     encode_shard,
-    index_pages,
     load_shard,
     open_shard,
-    read_tokens,
-    shard_file,
-    verify_bytes,
 )
-from tests.helpers.written_datasets import EOS, WrittenPart, random_documents, stream_dataset, write_dataset
+from tests.helpers.written_datasets import (
+    EOS,
+    WrittenPart,
+    packed_shard,
+    random_documents,
+    stream_dataset,
+    write_dataset,
+)
 
 
 class Shards:
@@ -129,19 +125,6 @@ def test_document_rows_with_masks_and_classes(tmp_path, masks, classes, seq_len)
     block = rows_of(dataset).read(plan, np.random.default_rng(1).permutation(all_ids(plan)))
     expect(dataset, plan, block)
     assert (block.labels is None, block.answer_bits is None) == (not classes, not masks)
-
-
-def packed_shard(draw, num_rows: int, width: int) -> Shard:
-    lengths = draw.integers(2, width + 1, num_rows)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.uint64)
-    total = int(offsets[-1])
-    starts = np.flatnonzero(draw.random(total) < 0.1).astype(np.uint32)  # rows may begin inside a document
-    return Shard(
-        draw.integers(1, 500, total).astype(np.uint16),
-        starts,
-        offsets,
-        np.packbits(draw.random(total) < 0.5, bitorder="little"),
-    )
 
 
 def test_packed_rows_and_plain_sources_in_a_dataset_of_chats(tmp_path):
@@ -370,202 +353,3 @@ def test_a_block_is_a_record_batch_without_a_copy(tmp_path, masks):
         assert batch.column("answer_bits").to_pylist() == [bits.tobytes() for bits in block.answer_bits]
     tokens = batch.column("tokens").values.buffers()[1]
     assert tokens.address == block.tokens.ctypes.data
-
-
-# --- shards and their index
-
-
-def test_a_shard_is_read_in_place(tmp_path):
-    draw = np.random.default_rng(0)
-    whole = replace(packed_shard(draw, 20, 30), labels=np.arange(-1, 19, dtype=np.int32))
-    for shard in (
-        whole,
-        Shard(whole.tokens.astype(np.uint32), whole.starts),
-        Shard(whole.tokens[:1], whole.starts[:0]),
-    ):
-        path = tmp_path / "one.arrow"
-        path.write_bytes(encode_shard(shard))
-        for found in (open_shard(path), open_shard(path.read_bytes())):
-            for name, value in vars(shard).items():
-                read = getattr(found, name)
-                assert (read is None) == (value is None)
-                if value is not None:
-                    assert read.dtype == value.dtype
-                    assert read.tolist() == value.tolist()
-                    assert not read.flags.owndata
-                    assert read.ctypes.data % read.itemsize == 0
-        assert encode_shard(found) == path.read_bytes()
-        assert found.num_bytes == shard.num_bytes
-
-
-def test_what_is_no_shard_is_refused(tmp_path):
-    good = encode_shard(Shard(np.arange(9, dtype=np.uint16), np.zeros(1, np.uint32)))
-
-    def table(**columns) -> bytes:
-        sink = pa.BufferOutputStream()
-        batch = pa.record_batch(columns)
-        with pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        return sink.getvalue().to_pybytes()
-
-    lists = {
-        "tokens": pa.array([[1]], pa.large_list(pa.uint16())),
-        "starts": pa.array([[0]], pa.large_list(pa.uint32())),
-    }
-    assert open_shard(table(**lists)).tokens.tolist() == [1]
-    for data in (
-        b"", b"ARROW1", good[:-40], good[:100],
-        table(token=pa.array([1], pa.uint16())),
-        table(tokens=lists["tokens"]),
-        table(**lists, more=lists["starts"]),
-        table(tokens=pa.array([[1.0]], pa.large_list(pa.float32())), starts=lists["starts"]),
-        table(**{name: pa.concat_arrays([column, column]) for name, column in lists.items()}),
-        table(tokens=pa.array([None], pa.large_list(pa.uint16())), starts=lists["starts"]),
-        table(tokens=pa.array([[None]], pa.large_list(pa.uint16())), starts=lists["starts"]),
-    ):  # fmt: skip
-        path = tmp_path / "bad.arrow"
-        path.write_bytes(data)
-        for source in (data, path):
-            with pytest.raises(ShardCorruptError, match="is no shard of this format"):
-                open_shard(source)
-    for bad in (
-        Shard(np.zeros(3, np.int64), np.zeros(0, np.uint32)),
-        Shard(np.zeros((2, 2), np.uint16), np.zeros(0, np.uint32)),
-    ):
-        with pytest.raises(ValueError, match="shard.tokens is"):
-            encode_shard(bad)
-
-
-def test_a_changed_byte_of_a_shard_is_found(tmp_path):
-    dataset = stream_dataset(tmp_path / "d")
-    entry = ShardIndex(dataset.uri, dataset.manifest).entry("train", 2)
-    path = tmp_path / "d" / shard_file("train", 2)
-    data = path.read_bytes()
-    verify_bytes(dataset.uri, entry, data)
-    for broken in (data[:-1], data + b"x", data[:700] + bytes([data[700] ^ 1]) + data[701:], b""):
-        path.write_bytes(broken)
-        with pytest.raises(ShardCorruptError, match="shards/train-00002.arrow was asked for"):
-            load_shard(dataset.uri, entry)
-    path.unlink()
-    with pytest.raises(ShardCorruptError, match="is gone"):
-        load_shard(dataset.uri, entry)
-
-
-def test_pages_of_the_index_are_read_when_they_are_needed(tmp_path, monkeypatch):
-    dataset = stream_dataset(tmp_path / "d")
-    counts = {"train": 2 * INDEX_PAGE + 5, "eval": 40}
-    entries = [
-        ShardEntry(split, number, 10 * number, number % 7, 3 * number, number.to_bytes(16, "big"))
-        for split, count in counts.items()
-        for number in range(count)
-    ]
-    pages = index_pages(entries[::-1])
-    assert len(pages) == 3
-    generation = 3
-    manifest = replace(
-        dataset.manifest,
-        generation=generation,
-        splits={
-            split: (replace(dataset.manifest.splits["train"][0], num_shards=count),) for split, count in counts.items()
-        },
-        index_digests=tuple(checksum(page).hex() for page in pages),
-    )
-    for number, page in enumerate(pages):
-        (tmp_path / "d" / index_file(generation, number)).write_bytes(page)
-    read: list[str] = []
-    read_bytes = storage.read_bytes
-    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri[-10:-6]) or read_bytes(uri))
-    index = ShardIndex(dataset.uri, manifest)
-    assert read == []
-    assert index.entry("train", INDEX_PAGE + 3) == entries[INDEX_PAGE + 3]
-    assert index.entry("train", INDEX_PAGE + 4) == entries[INDEX_PAGE + 4]
-    assert read == ["0001"]
-    assert index.entry("eval", 39) == entries[-1]
-    assert index.entry("train", 2 * INDEX_PAGE + 4) == entries[2 * INDEX_PAGE + 4]
-    assert read == ["0001", "0002"]
-    assert list(index.entries("eval")) == entries[counts["train"] :]
-    assert [index.num_shards(split) for split in counts] == list(counts.values())
-    for split, number in (("train", counts["train"]), ("eval", 40), ("eval", -1)):
-        with pytest.raises(IndexError, match="was asked for, it has"):
-            index.entry(split, number)
-
-    damaged = tmp_path / "d" / index_file(generation, 0)
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(ShardCorruptError, match=r"index.00003-00000.arrow: its checksum"):
-        index.entry("train", 0)
-    damaged.unlink()
-    with pytest.raises(ShardCorruptError, match="is gone"):
-        index.entry("train", 0)
-    assert index.entry("train", INDEX_PAGE) == entries[INDEX_PAGE]
-    with pytest.raises(ValueError, match="without gaps"):
-        index_pages(entries[1:])
-
-
-def test_the_index_keeps_a_bounded_number_of_pages(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_service.shards._PAGES_KEPT", 2)
-    monkeypatch.setattr("data_service.shards.INDEX_PAGE", 1)
-    dataset = stream_dataset(tmp_path / "d")
-    index = ShardIndex(dataset.uri, dataset.manifest)
-    assert dataset.manifest.num_shards > 4
-    before = list(index.entries("train"))
-    assert list(index.entries("train")) == before
-    assert len(index._pages) == 2
-
-
-def test_tokens_come_without_the_repeated_ones(tmp_path):
-    dataset = stream_dataset(tmp_path / "d")
-    for split in ("train", "eval"):
-        wanted = np.concatenate([part.tokens for part in dataset.parts[split]])
-        np.testing.assert_array_equal(np.concatenate(list(read_tokens(dataset.uri, split))), wanted)
-
-
-# --- the audit
-
-
-@pytest.fixture
-def audited(tmp_path):
-    dataset = stream_dataset(tmp_path / "d")
-    plan = plan_of(dataset, skip=((2, 9),))
-    audit = SampleAudit(dataset.uri, plan, dataset.manifest, cache_bytes=1 << 20)
-    yield dataset, plan, audit
-    audit.close()
-
-
-def test_the_audit_accepts_the_plans_rows_and_counts_steps_behind_skips(audited):
-    dataset, plan, audit = audited
-    whole = plan_of(dataset)
-    hashes = [dataset.hash_of_step(plan, step) for step in range(6)]
-    assert hashes[2] == dataset.hash_of_step(whole, 9)
-    for step, found in enumerate(hashes, start=1):
-        assert audit.expected(step - 1) == found
-        audit.submit(step, found)
-    assert audit.settle(6, deadline_s=30)
-    assert audit.is_settled(6)
-
-
-def test_the_audit_finds_a_step_of_other_rows_and_forgets_what_was_superseded(audited):
-    dataset, plan, audit = audited
-    audit.submit(1, dataset.hash_of_step(plan, 0))
-    audit.submit(2, dataset.hash_of_step(plan, 2))
-    with pytest.raises(DeliveryError, match="step 2: the rows that the ranks consumed hash to"):
-        audit.settle(2, deadline_s=30)
-    audit.submit(3, "0" * 16)
-    audit.forget()
-    assert audit.settle(3, deadline_s=30)
-
-
-def test_the_audit_names_a_damaged_shard(audited):
-    dataset, plan, audit = audited
-    for number in range(dataset.manifest.num_shards):
-        path = storage.local_path(storage.join(dataset.uri, shard_file("train", number)))
-        if path.exists():
-            path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
-    audit.submit(1, dataset.hash_of_step(plan, 0))
-    with pytest.raises(ShardCorruptError, match="shards/train-0000"):
-        audit.settle(1, deadline_s=30)
-
-
-def test_a_large_step_is_audited_in_pieces(audited, monkeypatch):
-    dataset, plan, audit = audited
-    audit._rows_at_once = 5
-    assert audit.expected(1) == dataset.hash_of_step(plan, 1)
