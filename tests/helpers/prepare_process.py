@@ -2,16 +2,21 @@
 
 import logging
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Any
 
+from data_service import prepare as prepare_module
 from data_service.config import DataConfig
-from data_service.errors import StormjibError
 from data_service.encode import encode_chunk
-from data_service.mapping import ItemT, ResultT
+from data_service.errors import StormjibError
+from data_service.mapping import ItemT, ProcessMapper, ResultT
 from data_service.prepare import prepare
+from data_service.stages import Sizes
 
 DEADLINE_S = 60.0
 _SPAWN = multiprocessing.get_context("spawn")
@@ -78,3 +83,58 @@ def _run(config: DataConfig, dataset: str, in_the_middle: Event, go_on: Event, w
         answer.send(("manifest", prepare(config, dataset, mapper=mapper).to_json()))
     except (StormjibError, OSError) as error:
         answer.send((type(error).__name__, str(error)))
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["data_service.prepare"])
+
+
+def prepare_until_killed(
+    config: DataConfig,
+    dataset: str,
+    *,
+    sizes: Sizes,
+    kill_at_rename: int | None = None,
+    kill_after_s: float | None = None,
+    processes: int = 1,
+) -> bool:
+    """Prepare in a process of its own, which gets SIGKILL in the middle; returns whether it ended before.
+
+    Args:
+        config: the `data` section.
+        dataset: a folder.
+        sizes: of the work items.
+        kill_at_rename: the number of the rename (a file that becomes visible under its name) at which it kills itself;
+            odd ones just before it, even ones just behind it.
+        kill_after_s: seconds from its start to the kill.
+        processes: of its mapper.
+    """
+    process = _FORKS.Process(target=_prepare_and_die, args=(config, dataset, sizes, kill_at_rename, processes))
+    process.start()
+    process.join(DEADLINE_S if kill_after_s is None else kill_after_s)
+    if process.is_alive():
+        assert kill_after_s is not None, "the preparation does not end"
+        process.kill()
+        process.join(DEADLINE_S)
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode == 0
+
+
+def _prepare_and_die(config: DataConfig, dataset: str, sizes: Sizes, kill_at: int | None, processes: int) -> None:
+    prepare_module._SIZES = sizes
+    renames = 0
+    rename = Path.replace
+
+    def counted(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames == kill_at and renames % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        moved = rename(self, target)
+        if renames == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return moved
+
+    Path.replace = counted  # type: ignore[method-assign]
+    with ProcessMapper(processes) as mapper:
+        prepare(config, dataset, mapper=mapper)
