@@ -15,10 +15,11 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -49,6 +50,32 @@ _WORKER_ID = re.compile(r"[\x21-\x7e]{1,64}")
 _ADDRESS = re.compile(r"[A-Za-z0-9._:\[\]-]{1,253}:[0-9]{1,5}")
 
 
+def _parsing_itself(handler: Any) -> Any:
+    """A handler that parses what it is sent itself, and says INVALID_ARGUMENT to what is no such message.
+
+    grpcio 1.85 answers such bytes with INTERNAL, and loses about 16 KiB each time.
+    """
+    if handler is None:
+        return None
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    name = next(kind for kind in kinds if getattr(handler, kind) is not None)
+    behaviour, parse = getattr(handler, name), handler.request_deserializer
+
+    def message(data: bytes, context: Any) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "this is no such message")
+
+    @wraps(behaviour)  # its attributes tell grpcio how to call it
+    def parsed(sent: Any, context: Any, *rest: Any, **named: Any) -> Any:
+        if handler.request_streaming:
+            return behaviour((message(data, context) for data in sent), context, *rest, **named)
+        return behaviour(message(sent, context), context, *rest, **named)
+
+    return handler._replace(request_deserializer=None, **{name: parsed})
+
+
 class _TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses calls without the token, health checks excepted (probes of an orchestrator carry none)."""
 
@@ -63,7 +90,7 @@ class _TokenInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         self._refuse_stream = grpc.stream_stream_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        handler = continuation(handler_call_details)
+        handler = _parsing_itself(continuation(handler_call_details))
         if handler_call_details.method.startswith(_HEALTH_PREFIX):
             return handler
         if self._token.accepts(dict(handler_call_details.invocation_metadata).get("authorization")):
