@@ -10,6 +10,7 @@ from cluster.config import RunConfig
 
 if TYPE_CHECKING:
     from data_service.manifest import DatasetManifest
+    from data_service.plan import Plan
 
 __all__ = ["add_arguments", "execute"]
 
@@ -79,20 +80,26 @@ def _data(config: RunConfig, dataset: "DatasetManifest") -> dict[str, Any]:
     from cluster.run_data import train_plan
 
     plan = train_plan(config, dataset)
-    consumed = plan.batch_at(config.train.steps - 1) + 1
+    stop = plan.batch_at(config.train.steps - 1) + 1
     drawn = [0.0] * plan.num_sources
     for segment, after in zip(plan.segments, [*plan.segments[1:], None], strict=True):
-        end = consumed if after is None else min(consumed, after.first_batch)
-        batches = max(0, end - segment.first_batch)
+        end = stop if after is None else min(stop, after.first_batch)
+        rows = plan.global_batch * _consumed(plan, segment.first_batch, end)
         for number, weight in enumerate(segment.weights):
-            drawn[number] += batches * plan.global_batch * weight / sum(segment.weights)
+            drawn[number] += rows * weight / sum(segment.weights)
     sizes = [sum(plan.parts[part].num_rows for part in parts) for _, parts in plan.sources]
     return {
         "rows": plan.num_rows,
         "batches": plan.num_batches,
-        "epochs": consumed * plan.global_batch / plan.num_rows,
+        "epochs": config.train.steps * plan.global_batch / plan.num_rows,
         "sources": {name: drawn[number] / sizes[number] for number, (name, _) in enumerate(plan.sources)},
     }
+
+
+def _consumed(plan: "Plan", first: int, end: int) -> int:
+    """Global batches of [first, end) that are not skipped."""
+    skipped = sum(max(0, min(end, last) - max(first, begin)) for begin, last in plan.skip)
+    return max(0, end - first - skipped)
 
 
 def _vocab_size(config: RunConfig) -> int:
