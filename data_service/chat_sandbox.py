@@ -17,8 +17,10 @@ import jinja2.utils
 
 __all__ = ["BLOCK_CLOSE", "BLOCK_OPEN", "template_environment"]
 
-BLOCK_OPEN, BLOCK_CLOSE = "\ufdd0", "\ufdd1"
-"""Noncharacters that mark a {% generation %} block in what the template writes; no text may hold them."""
+BLOCK_OPEN = "\ufdd0"
+"""A noncharacter in front of what a {% generation %} block writes; no text may hold it."""
+BLOCK_CLOSE = "\ufdd1"
+"""The one behind it."""
 _TODAY = datetime(2024, 7, 26)
 """What `strftime_now` tells. Llama 3's template falls back to this day where it is told none."""
 

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Message", "Record", "Reject", "chat_record", "label_of", "text_of", "text_record"]
+__all__ = ["Message", "Record", "Reject", "chat_record", "label_of", "over_long", "text_of", "text_record"]
 
 
 @dataclass(frozen=True, slots=True)
