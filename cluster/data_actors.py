@@ -8,7 +8,6 @@ controller's process: when that ends, whatever ends it, they end too.
 import logging
 import os
 import secrets
-import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -19,12 +18,14 @@ import ray
 from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.data_processes import ControlProcess, Start, WorkerProcess
 from cluster.errors import ClusterError
 from data_service.access import DataAccess
 from data_service.bearer import TOKEN_VARIABLE, read_token
 from data_service.config import DataServiceConfig
 from data_service.errors import StormjibError
 from data_service.plan import OrderSpec
+from data_service.storage import s3_environment
 
 __all__ = ["DataServiceHandle"]
 
@@ -36,86 +37,10 @@ WATCH_EVERY_S = 2.0
 """How often an actor is asked whether it lives."""
 PING_S = 3.0
 """An actor that does not answer for this long while the service is repaired is taken for lost."""
-PORT_S = 5.0
-"""A control plane that comes back waits so long for the port of the one that died."""
 NODE_S = 15.0
 """An actor on a dead node is reported after this time, should nobody have noticed the node's loss until then."""
 FAILED_STARTS = 5
 """So many starts in a row may fail, with no actor coming up between them, before the service gives up."""
-METRICS_PORTS = 64
-"""So many ports from `data.service.metrics_port` on are tried."""
-
-_Start = tuple[str, int, str | None]
-"""`host:port`, process id, and `host:port` of the metrics where they are served."""
-
-
-class _ControlActor:
-    """The control plane in an actor's process."""
-
-    def __init__(
-        self, dataset_uri: str, dataset_digest: str, token: str, host: str, port: int, metrics_port: int | None
-    ) -> None:
-        from data_service.control import ControlServer
-
-        self._server = ControlServer(
-            dataset_uri,
-            token,
-            dataset_digest=dataset_digest,
-            host=host,
-            port=port,
-            metrics_port=_free_from(host, metrics_port),
-        )
-
-    def start(self) -> _Start:
-        """Serve; returns where.
-
-        Raises:
-            OSError: the port stays taken.
-        """
-        deadline = time.monotonic() + PORT_S
-        while True:
-            try:
-                return self._server.start(), os.getpid(), self._server.metrics_address
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    def ping(self) -> None:
-        """Answer."""
-
-
-class _WorkerActor:
-    """A data worker in an actor's process."""
-
-    def __init__(
-        self,
-        dataset_uri: str,
-        dataset_digest: str,
-        control: str,
-        token: str,
-        host: str,
-        config: DataServiceConfig,
-    ) -> None:
-        from data_service.server import DataWorker
-
-        self._worker = DataWorker(
-            dataset_uri,
-            control,
-            token,
-            dataset_digest=dataset_digest,
-            host=host,
-            cache_dir=config.cache_dir,
-            cache_bytes=config.cache_bytes,
-            metrics_port=_free_from(host, config.metrics_port),
-        )
-
-    def start(self) -> _Start:
-        """Serve and register; returns where."""
-        return self._worker.start(), os.getpid(), self._worker.metrics_address
-
-    def ping(self) -> None:
-        """Answer."""
 
 
 @dataclass(eq=False)
@@ -377,9 +302,9 @@ class DataServiceHandle:
     def _address(self, served: _Served) -> str:
         return self._started(served)[0]
 
-    def _started(self, served: _Served) -> _Start:
+    def _started(self, served: _Served) -> Start:
         try:
-            started: _Start = ray.get(served.started, timeout=START_S)
+            started: Start = ray.get(served.started, timeout=START_S)
             return started
         except RayError as error:
             if isinstance(error, RayTaskError) and isinstance(error.cause, StormjibError):
@@ -402,42 +327,29 @@ class DataServiceHandle:
         )
 
 
-def _free_from(host: str, port: int | None) -> int | None:
-    """The first free port from this one on: several actors of the service may be on one node. 0 and None stay."""
-    if not port:
-        return port
-    for candidate in range(port, min(port + METRICS_PORTS, 65_536)):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, candidate))
-            except OSError:
-                continue
-        return candidate
-    raise OSError(f"data.service.metrics_port={port}: it and the {METRICS_PORTS - 1} ports behind it are taken.")
-
-
 def _start(role: Literal["control", "worker"], node_id: str, arguments: tuple[Any, ...]) -> _Served:
+    environment = s3_environment()  # a node that was there before the run has not inherited it
     actor: Any = (
-        ray.remote(_ControlActor if role == "control" else _WorkerActor)
+        ray.remote(ControlProcess if role == "control" else WorkerProcess)
         .options(
             num_cpus=0,
             max_restarts=0,
             max_task_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+            **({"runtime_env": {"env_vars": environment}} if environment else {}),
         )
         .remote(*arguments)
     )
     return _Served(role, node_id, actor, actor.start.remote())
 
 
-def _result(served: _Served) -> _Start | RayError | None:
+def _result(served: _Served) -> Start | RayError | None:
     """Where an actor that has started serves, why it did not, or None while it starts."""
     ready, _ = ray.wait([served.started], timeout=0.0)
     if not ready:
         return None
     try:
-        started: _Start = ray.get(ready[0])
+        started: Start = ray.get(ready[0])
     except RayError as error:
         return error
     return started

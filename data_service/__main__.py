@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from data_service import storage
 from data_service.bearer import TOKEN_VARIABLE, read_token
 from data_service.errors import ConfigError, StormjibError
 
@@ -44,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--metrics-port", type=_port, help="serve Prometheus metrics there, behind the token; 0 takes a free one"
         )
+        for name in ("endpoint-url", "region", "profile"):
+            command.add_argument(f"--s3-{name}", help=f"as run.s3.{name.replace('-', '_')}, for s3:// datasets")
         if role == "worker":
             command.add_argument(
                 "--control",
@@ -93,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"--host {arguments.host or '(nothing)'} was asked for; others are told to come to this address, and "
                 "this one is none. Name the address of one network interface."
             )
+        s3 = (arguments.s3_endpoint_url, arguments.s3_region, arguments.s3_profile)
+        if any(s3):
+            storage.configure_s3(*s3)
         token = read_token(arguments.token_file)
         return (
             _serve_control(arguments, token, stop)

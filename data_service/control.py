@@ -199,7 +199,7 @@ class ControlServer:
         dataset_digest: str | None = None,
         host: str = "127.0.0.1",
         port: int = 0,
-        metrics_port: int | None = None,
+        metrics_port: int | range | None = None,
     ) -> None:
         """Nothing is started yet.
 
@@ -209,7 +209,7 @@ class ControlServer:
             dataset_digest: which of its generations; the newest by default.
             host: where to listen; callers reach it there.
             port: 0 takes a free one.
-            metrics_port: of Prometheus metrics; 0 takes a free one, None serves none.
+            metrics_port: of Prometheus metrics; 0 takes a free one, a range its first free one, None serves none.
         """
         self._dataset_uri = dataset_uri
         self._token = token

@@ -16,6 +16,7 @@
 Owns names and meaning, and the HTTP endpoint. Refuses to answer a scrape without the token.
 """
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -199,13 +200,19 @@ class _Handler(BaseHTTPRequestHandler):
 class MetricsServer:
     """`/metrics` for Prometheus behind the token, and `/healthz` for probes without one."""
 
-    def __init__(self, registry: CollectorRegistry, token: str, host: str, port: int) -> None:
+    def __init__(self, registry: CollectorRegistry, token: str, host: str, port: int | range) -> None:
         """Listen at once.
 
+        Args:
+            registry: what is served.
+            token: what a scrape must show.
+            host: where to listen.
+            port: 0 takes a free one; of several the first free one.
+
         Raises:
-            OSError: when the port is taken.
+            OSError: when it is taken, or all of them.
         """
-        self._server = _HttpServer((host, port), registry, BearerToken(token))
+        self._server = _listen(host, range(port, port + 1) if isinstance(port, int) else port, registry, token)
         self._thread = threading.Thread(target=self._server.serve_forever, name="data-metrics", daemon=True)
         self._thread.start()
         self.address = f"{host}:{self._server.server_address[1]}"
@@ -215,3 +222,16 @@ class MetricsServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _listen(host: str, ports: range, registry: CollectorRegistry, token: str) -> _HttpServer:
+    reason = None
+    for port in ports:
+        try:
+            return _HttpServer((host, port), registry, BearerToken(token))
+        except OSError as error:
+            reason = error
+            if error.errno != errno.EADDRINUSE:
+                break
+    where = ports[0] if len(ports) == 1 else f"{ports[0]} to {ports[-1]}"
+    raise OSError(f"metrics cannot be served at {host}, port {where}: {reason}.") from reason

@@ -150,7 +150,7 @@ class DataWorker:
         port: int = 0,
         cache_dir: str | None = None,
         cache_bytes: int = 8 << 30,
-        metrics_port: int | None = None,
+        metrics_port: int | range | None = None,
         row_source: ShardRowsFactory = ShardRows,
     ) -> None:
         """Nothing is started yet.
@@ -164,7 +164,7 @@ class DataWorker:
             port: 0 takes a free one.
             cache_dir: where to keep shards of a remote dataset; by default below the temporary folder.
             cache_bytes: most bytes of them.
-            metrics_port: of Prometheus metrics; 0 takes a free one, None serves none.
+            metrics_port: of Prometheus metrics; 0 takes a free one, a range its first free one, None serves none.
             row_source: turns row ids into rows.
         """
         self._dataset_uri = dataset_uri

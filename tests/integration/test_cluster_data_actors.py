@@ -25,7 +25,9 @@ def processes(service: DataServiceHandle, role: str) -> list[int]:
 @pytest.mark.timeout(180)
 def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(tmp_path: Path) -> None:
     dataset = stream_dataset(tmp_path / "dataset")
-    config = DataServiceConfig(metrics_port=0)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        config = DataServiceConfig(metrics_port=min(probe.getsockname()[1], 65_000))
     with LocalCluster.start(nodes=2, slots=1, object_store_bytes=80 * 2**20) as cluster:
         assert cluster.head is not None
         with shown_token(cluster.client_environment()):
