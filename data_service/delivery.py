@@ -184,7 +184,7 @@ class RangeArrays:
         """
         for message in messages:
             if self._tokens is None:
-                self._tokens = np.zeros((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
+                self._tokens = np.empty((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
             if self._tokens.dtype != message.tokens.dtype:
                 raise DeliveryError(
                     f"tokens came as {message.tokens.dtype} and as {self._tokens.dtype} from workers of one dataset. "
@@ -210,6 +210,7 @@ class RangeArrays:
         tokens = self._tokens
         if tokens is None:
             tokens = np.zeros((self._length.size, plan.seq_len + 1), np.uint16)
+        tokens[self._row_id == NO_ROW] = 0
         rows = np.concatenate([np.empty(0, np.int64), *self._start_rows])
         places = np.concatenate([np.empty(0, np.uint32), *self._start_places])
         if len(self._start_rows) > 1:

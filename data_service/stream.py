@@ -21,8 +21,7 @@ from data_service.access import DataAccess
 from data_service.connections import Connections
 from data_service.delivery import RangeArrays, Wanted, check_answer
 from data_service.errors import DataStalledError, DataUnavailableError, ShardCorruptError
-from data_service.order import rows_of_batches
-from data_service.ownership import owners_of_rows
+from data_service.order_blocks import owned_rows
 from data_service.plan import Plan
 from data_service.reads import Attempt, TicketRead, stalled_error
 from data_service.schema import BatchSlice
@@ -195,20 +194,14 @@ class Stream:
             if now - self._alone_since >= self._access.stalled_s:
                 silence = self._connections.members.silence
                 reason = "no data worker is registered" + ("" if silence is None else f"; {silence}")
-                raise stalled_error(Ticket(plan, into.first, into.last, piece.slots, (), 0), self._access, reason)
+                raise stalled_error(Ticket(plan, into.first, into.last, piece.slots), self._access, reason)
             return False
         self._alone_since = None
-        rows = rows_of_batches(plan, into.first, into.last, slots=piece.slots)
+        names = tuple(one.worker_id for one in members) if len(members) > 1 else ()
+        rows, owner = owned_rows(plan, into.first, into.last, piece.slots, names)
         place = into.arrays.places(rows.batch, rows.slot)
-        everything = Wanted(rows.batch, rows.slot, rows.row_id, place)
         into.missing -= 1
-        if len(members) == 1:
-            if rows.row_id.size:
-                self._read(into, Ticket(plan, into.first, into.last, piece.slots, (), 0), everything, now)
-            return True
-        names = tuple(one.worker_id for one in members)
-        owner = owners_of_rows(plan, names, rows.row_id)
-        for number in np.flatnonzero(np.bincount(owner, minlength=len(names))).tolist():
+        for number in np.unique(owner).tolist():
             mine = np.flatnonzero(owner == number)
             wanted = Wanted(rows.batch[mine], rows.slot[mine], rows.row_id[mine], place[mine])
             self._read(into, Ticket(plan, into.first, into.last, piece.slots, names, number), wanted, now)

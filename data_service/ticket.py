@@ -9,8 +9,8 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
-from data_service.order import BatchRows, rows_of_batches
-from data_service.ownership import owners_of_rows
+from data_service.order import BatchRows
+from data_service.order_blocks import owned_rows
 from data_service.plan import MAX_PLAN_BYTES, Plan
 
 __all__ = [
@@ -81,10 +81,10 @@ class Ticket:
         Raises:
             ValueError: when its steps lie behind the last that can be numbered.
         """
-        rows = rows_of_batches(self.plan, self.first, self.last, self.slots)
+        rows, owner = owned_rows(self.plan, self.first, self.last, self.slots, self.members)
         if len(self.members) <= 1:
             return rows
-        ours = owners_of_rows(self.plan, self.members, rows.row_id) == self.member
+        ours = owner == self.member
         return BatchRows(rows.batch[ours], rows.slot[ours], rows.row_id[ours])
 
     def to_bytes(self) -> bytes:

@@ -101,12 +101,12 @@ class Run:
 
     def disturb(self) -> None:
         """A worker dies, comes or stands still."""
+        self.settle()
         workers = self.fleet.workers
         kind = self.draw.choice(("kill", "start", "stand"))
         if kind == "kill" and len(workers) > 1:
             self.fleet.kill_worker(self.draw.choice(workers))
         elif kind == "start" and len(workers) < MAX_WORKERS:
-            self.settle()
             self.starting = threading.Thread(target=self.fleet.start_worker)
             self.starting.start()
         elif kind == "stand" and len(workers) > 1:
@@ -117,7 +117,6 @@ class Run:
                 with stopped(still):
                     threading.Event().wait(seconds)
 
-            self.settle()
             self.starting = threading.Thread(target=stand)
             self.starting.start()
 
