@@ -9,6 +9,7 @@ Shape letters: B rows, T tokens, N query heads, K key/value heads, H head width.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,12 +51,16 @@ class DocumentContext:
         Args:
             doc_ids_BT: integers; tokens of a row with the same number belong to one document.
         """
-        same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
-        self._mask_B1TT = same_BTT.tril_()[:, None]
+        self._hidden_BTT = (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]).tril_().logical_not_()
+        self._bias_B1TT: Tensor | None = None
 
     def attend(self, layer: int, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         """Attend within documents; see `AttentionContext.attend`."""
-        return _attend(q_BTNH, k_BTKH, v_BTKH, self._mask_B1TT)
+        if self._bias_B1TT is None or self._bias_B1TT.dtype != q_BTNH.dtype:
+            # as an addend, which the blocks share: of a boolean mask torch 2.13 makes one for each call, and keeps it
+            bias_BTT = torch.zeros_like(self._hidden_BTT, dtype=q_BTNH.dtype)
+            self._bias_B1TT = bias_BTT.masked_fill_(self._hidden_BTT, -torch.inf)[:, None]
+        return _attend(q_BTNH, k_BTKH, v_BTKH, self._bias_B1TT)
 
 
 def within_documents(doc_ids_BT: Tensor) -> AttentionContext:

@@ -179,6 +179,24 @@ def test_no_mask_is_made_for_rows_of_one_document(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(built(*inputs), plain)
 
 
+def test_blocks_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args: torch.Tensor, attn_mask: torch.Tensor | None, **rest: bool) -> torch.Tensor:
+        seen.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    rows, _ = delivered(ROWS, isolate=True)
+    inputs, _ = whole(rows)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    model()(*inputs)
+    assert len(seen) == CONFIG.num_layers
+    assert seen[0] is not None
+    assert seen[0].shape == (len(ROWS), 1, SEQ_LEN, SEQ_LEN)
+    assert all(one is seen[0] for one in seen)
+
+
 def test_classes_reach_the_task() -> None:
     """Class numbers travel with their rows, for tasks that learn them."""
     rows, _ = delivered([[25], [10], [12]], isolate=False, masked=1)
