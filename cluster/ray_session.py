@@ -21,6 +21,7 @@ from cluster.node_request import requested_nodes
 from cluster.ray_auth import shown_token
 from cluster.sections import ClusterConfig
 from data_service.errors import ConfigError
+from data_service.storage import s3_environment
 from serve.config import ServeConfig
 
 __all__ = ["DATA_ROLE", "NAMESPACE", "RANKS_ROLE", "ROLE_LABEL", "NodeView", "Session", "open_session"]
@@ -190,6 +191,8 @@ def _connected(address: str, node_host: str | None) -> Iterator[str]:
     """Connect this process; `node_host` names the node of this machine to attach to, where it has several."""
     _check_reachable(address)
     where: dict[str, Any] = {} if node_host is None else {"_node_ip_address": node_host}
+    if node_host is None and (variables := s3_environment()):
+        where["runtime_env"] = {"env_vars": variables}  # nodes that were there before have not inherited it
     try:
         context: Any = ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **where

@@ -2,12 +2,45 @@
 
 import re
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from data_service.object_store import s3_variables
 from data_service.settings import Section
 
-__all__ = ["ClusterConfig", "K8sConfig", "NodeConfig", "PodConfig", "RunSection", "SpotConfig"]
+__all__ = ["ClusterConfig", "K8sConfig", "NodeConfig", "PodConfig", "RunSection", "S3Config", "SpotConfig"]
+
+
+class S3Config(Section):
+    """How `s3://` is reached, wherever the run reads or writes it. Secrets come from the environment or the profile."""
+
+    endpoint_url: str | None = None
+    """Address of the store, such as `https://s3.example:9000`; by default AWS_ENDPOINT_URL_S3, or else AWS itself."""
+    region: str | None = Field(None, min_length=1)
+    """Region of the buckets; by default the profile's, or AWS_DEFAULT_REGION."""
+    profile: str | None = Field(None, min_length=1)
+    """Profile of the AWS configuration files, which every machine of the run must have. It goes before the keys in
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{value!r} is not an address. Write it as https://HOST:PORT or http://HOST:PORT.")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                "it holds a user name or a password. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+            )
+        return value
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to reach `s3://` so."""
+        return s3_variables(self.endpoint_url, self.region, self.profile)
 
 
 class RunSection(Section):
@@ -19,6 +52,8 @@ class RunSection(Section):
     """Folder (relative to the YAML file) or `s3://bucket/prefix` that every node can reach."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides initial weights and the order of rows."""
+    s3: S3Config = S3Config()
+    """How `s3://` is reached."""
 
     @field_validator("name")
     @classmethod

@@ -8,6 +8,7 @@ begins later than a minute after the first.
 Filesystems are created on first use in the process that uses them, never inherited over a fork.
 """
 
+import asyncio
 import functools
 import io
 import json
@@ -21,7 +22,18 @@ from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from data_service.errors import ConfigError
 
-__all__ = ["Piece", "call", "configure_s3", "fetch", "filesystem", "is_s3", "open_remote", "retry", "s3_environment"]
+__all__ = [
+    "Piece",
+    "call",
+    "configure_s3",
+    "fetch",
+    "filesystem",
+    "is_s3",
+    "open_remote",
+    "retry",
+    "s3_environment",
+    "s3_variables",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -47,7 +59,8 @@ _PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
 _SLOWING = ("SlowDown", "ServiceUnavailable", "TooManyRequests", "429", "503")
 _PASSING_KINDS = (
-    "HTTPClientError",  # botocore: no connection, no answer in time, connection closed
+    "ConnectionError",  # botocore: no connection
+    "HTTPClientError",  # botocore: no answer in time, connection closed
     "IncompleteReadError",
     "ResponseStreamingError",
     "FlexibleChecksumError",
@@ -82,12 +95,15 @@ def configure_s3(endpoint_url: str | None = None, region: str | None = None, pro
 
     Secrets are no part of it: they come from the AWS variables or from the profile.
     """
+    os.environ.pop(_S3_VARIABLE, None)
+    os.environ.update(s3_variables(endpoint_url, region, profile))
+
+
+def s3_variables(endpoint_url: str | None, region: str | None, profile: str | None) -> dict[str, str]:
+    """The environment of a process for which `configure_s3` is called with these; empty where all are None."""
     given = {"endpoint_url": endpoint_url, "region": region, "profile": profile}
     settings = {name: value for name, value in given.items() if value is not None}
-    if settings:
-        os.environ[_S3_VARIABLE] = json.dumps(settings, sort_keys=True)
-    else:
-        os.environ.pop(_S3_VARIABLE, None)
+    return {_S3_VARIABLE: json.dumps(settings, sort_keys=True)} if settings else {}
 
 
 def s3_environment() -> dict[str, str]:
@@ -284,7 +300,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
         from fsspec.asyn import sync
 
         try:
-            return cast(Piece, sync(fs.loop, _get, fs, path, start, length, tag, timeout=_deadline_s(length)))
+            return cast(Piece, sync(fs.loop, _get, fs, path, start, length, tag))
         except OSError as error:
             if _code(error) in ("InvalidRange", "416"):
                 return Piece(b"", None, tag)  # behind the end of the file
@@ -296,13 +312,15 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
 
 
 async def _get(fs: Any, path: str, start: int, length: int, tag: str | None) -> Piece:
-    """One GET of a range."""
+    """One GET of a range, with a deadline for the answer and one for its body."""
     bucket, key, _ = fs.split_path(path)
     match = {} if tag is None else {"IfMatch": tag}
     asked = f"bytes={start}-{start + length - 1}"
-    response = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=asked, **match)
+    async with asyncio.timeout(_REQUEST_S):
+        response = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=asked, **match)
     try:
-        data = bytes(await response["Body"].read())
+        async with asyncio.timeout(_deadline_s(response["ContentLength"])):
+            data = bytes(await response["Body"].read())
     finally:
         response["Body"].close()
     shown = response.get("ContentRange")
@@ -342,13 +360,20 @@ class _RemoteInput(io.RawIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
-        length = max(0, min(len(view), _STREAM_PIECE, self._size - self._place))
+        data = self._next(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._next(_STREAM_PIECE), b""))  # Python's own would ask for 8 KiB at a time
+
+    def _next(self, most: int) -> bytes:
+        length = max(0, min(most, _STREAM_PIECE, self._size - self._place))
         data = fetch(self._uri, self._place, length, self._tag).data
         if len(data) != length:
             raise _ReplacedError(f"{self._uri} had {self._size} bytes and is shorter now. Read it again.")
-        view[:length] = data
         self._place += length
-        return length
+        return data
 
 
 def open_remote(uri: str) -> BinaryIO:

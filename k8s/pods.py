@@ -179,11 +179,12 @@ def _ray_container(name: str, config: RunConfig, part: str, cpus: int, memory_by
         mounts.append({"name": _CONFIG_NAME, "mountPath": CONFIG_FOLDER, "readOnly": True})
     if config.k8s.storage_claim is not None:
         mounts.append({"name": _STORAGE_NAME, "mountPath": config.run.storage})
+    variables = {"HOME": _SCRATCH_PATH, **config.run.s3.environment}
     container: Document = {
         "name": name,
         "image": config.k8s.image,
         "imagePullPolicy": "IfNotPresent",
-        "env": [{"name": "HOME", "value": _SCRATCH_PATH}],
+        "env": [{"name": key, "value": value} for key, value in variables.items()],
         "resources": _resources(cpus, memory_bytes, gpus),
         "securityContext": container_security(),
         "volumeMounts": mounts,

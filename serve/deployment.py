@@ -21,6 +21,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 from starlette.applications import Starlette
 
 from data_service.errors import ConfigError
+from data_service.storage import s3_environment
 from serve.config import is_loopback
 from serve.engine.messages import Delta, EngineRequest, EngineStats
 from serve.engine_deployment import Engine
@@ -42,9 +43,7 @@ _READY_S = 60.0
 _PROBE_S = 5.0
 _GRACE_S = 30.0
 """How long a stopping replica may finish its streams."""
-_ONE_LOOP = {
-    "env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-}
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 """Replicas run our coroutines in Ray Serve's own loop: nothing in them blocks, and a message that need not change
 threads cost about a third less CPU (8 streams, Ray 2.60)."""
 
@@ -199,6 +198,7 @@ def engine_stats(endpoint: Endpoint) -> EngineStats:
 def _application(spec: ServeSpec, key: bytes | None) -> Any:
     config = spec.config
     fixed = config.replicas.min == config.replicas.max
+    runtime_env = {"env_vars": {**_ONE_LOOP, **s3_environment()}}
     engine = ray_serve.deployment(
         name=_ENGINE,
         num_replicas=config.replicas.min if fixed else None,
@@ -217,7 +217,7 @@ def _application(spec: ServeSpec, key: bytes | None) -> Any:
         ray_actor_options={
             "num_cpus": config.cpus_per_replica,
             "num_gpus": config.gpus_per_replica,
-            "runtime_env": _ONE_LOOP,
+            "runtime_env": runtime_env,
         },
         logging_config=_logging(),
     )(Engine)
@@ -227,7 +227,7 @@ def _application(spec: ServeSpec, key: bytes | None) -> Any:
         max_ongoing_requests=10_000,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=_GRACE_S,
-        ray_actor_options={"num_cpus": 0, "runtime_env": _ONE_LOOP},
+        ray_actor_options={"num_cpus": 0, "runtime_env": runtime_env},
         logging_config=_logging(),
     )(ray_serve.ingress()(Ingress))
     return ingress.bind(spec, key, engine.bind(spec))

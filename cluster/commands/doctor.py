@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.commands.arguments import use_s3
 from cluster.config import RunConfig, load_config
 from data_service import storage
 from data_service.bearer import TOKEN_VARIABLE
@@ -85,6 +86,7 @@ def _gpus() -> str:
 
 def _run(file: str, overrides: list[str]) -> Iterator[_Finding]:
     config = load_config(file, overrides)
+    use_s3(config)
     yield _Finding(True, f"{file}: valid")
     probe = f"{config.root}/control/doctor-{os.getpid()}"
     try:

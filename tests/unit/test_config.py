@@ -82,6 +82,22 @@ def test_every_key_is_explained() -> None:
 
 
 @pytest.mark.parametrize(
+    ("endpoint", "expected"),
+    [
+        ("localhost:9000", "is not an address. Write it as https://HOST:PORT"),
+        ("s3://bucket", "is not an address"),
+        ("https://key:secret@s3.example", "it holds a user name or a password. Set AWS_ACCESS_KEY_ID"),
+    ],
+)
+def test_an_address_of_a_store_is_one_and_holds_no_secret(tmp_path: Path, endpoint: str, expected: str) -> None:
+    text = f"run: {{name: a, s3: {{endpoint_url: {endpoint!r}}}}}\ndata: {{sources: [{{path: x.csv}}]}}\n"
+    with pytest.raises(ConfigError, match=re.escape(expected)) as raised:
+        load_config(write(tmp_path, text))
+    assert "run.s3.endpoint_url" in str(raised.value)
+    assert ":secret@" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("rest", "line", "expected"),
     [
         ("trian: {}\n", 4, "trian: unknown key. Did you mean train?"),

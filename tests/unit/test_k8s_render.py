@@ -100,6 +100,19 @@ def test_config_map_holds_the_run_that_was_rendered(tmp_path: Path) -> None:
     assert job["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
 
 
+def test_every_ray_pod_reaches_the_store_as_the_run_does() -> None:
+    settings = ("run.s3.endpoint_url=http://store:9000", "run.s3.region=eu-1")
+    for settings_given, wanted in (
+        (settings, {"STORMJIB_S3": '{"endpoint_url": "http://store:9000", "region": "eu-1"}'}),
+        ((), {}),
+    ):
+        for name, template in pods(render(example(*OBJECT_STORE, *settings_given))):
+            found = {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
+            assert {key: value for key, value in found.items() if key == "STORMJIB_S3"} == (
+                {} if name == "submitter" else wanted
+            )
+
+
 def test_serve_application_gets_the_serve_section_and_an_open_host_behind_a_key() -> None:
     config = example(*OBJECT_STORE)
     serve = yaml.safe_load(of_kind(render(config), "RayService")["spec"]["serveConfigV2"])
