@@ -2,8 +2,9 @@
 
 Both get the same documents, the same tokenizer and the same cores. `encode_batch` has the texts in memory already,
 takes 1,000 at a time on all threads and drops what comes out; `prepare` reads the source files, looks for duplicates,
-encodes and writes shards, with one process per core. Best of `--repeats` for each, in turn. Memory is the most that the process
-and its children held together (resident set), looked at 20 times a second, for the corpus and for four salted copies.
+encodes and writes shards, with one process per core. Best of `--repeats` for each, in turn. Memory is the most that the
+process and its children held together (resident set), looked at 20 times a second, for the corpus and for four salted
+copies.
 
 Ends with one line of JSON.
 """

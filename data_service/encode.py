@@ -56,10 +56,11 @@ class EncodeItem:
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """What came of a chunk, split → counts."""
+    """What came of a chunk."""
 
     chunk: Chunk
     counts: dict[str, SplitCounts]
+    """Split → counts."""
     labels: dict[str, dict[int, int]]
     """Split → class number → documents; NO_LABEL left out."""
 

@@ -5,6 +5,7 @@ Owns the `Mapper` protocol, the serial mapper and the pool of processes. The map
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,7 @@ class ProcessMapper:
                     return
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
+            self._pool = None
             raise DataError(
                 f"{self._processes} processes were preparing the data, one of them was killed, perhaps for want of "
                 "memory. What was finished is kept: prepare again, with fewer --processes where memory is short."
@@ -107,6 +109,7 @@ class ProcessMapper:
 def _start_process() -> None:
     """Set up a process of the pool: one thread in the tokenizer, and an end when its parent has ended."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -5,14 +5,15 @@ Owns the numbering of shards in the dataset and its digest. Writes nothing into 
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_service import storage
-from data_service.counts import SourceCounts, SplitCounts, counts_to_json, merged_counts, read_counts, stats_file
+from data_service.counts import SourceCounts, counts_to_json, merged_counts, read_counts, stats_file
 from data_service.dedupe import Duplicates
-from data_service.encode import EncodedChunk
+from data_service.errors import ConfigError
 from data_service.hash_files import hashes_file
 from data_service.manifest import (
     DATASET_VERSION,
@@ -23,10 +24,11 @@ from data_service.manifest import (
     SourceFileInfo,
     index_file,
 )
+from data_service.plan import MAX_PARTS
 from data_service.shard_writer import PartShards, shard_path
 from data_service.shards import ShardEntry, ShardIndex, checksum, encode_index_page, shard_file
 from data_service.spool import Spool, rejects_file
-from data_service.stages import Job, TokenizerPlace
+from data_service.stages import Encoded, Job, TokenizerPlace
 
 __all__ = ["Assembly", "assemble", "move_into_place"]
 
@@ -47,7 +49,7 @@ def assemble(
     tokenizer: TokenizerPlace,
     eval_below: int,
     labels: tuple[str, ...],
-    encoded: list[EncodedChunk],
+    encoded: Encoded,
     parts: dict[tuple[str, str], PartShards],
 ) -> Assembly:
     """Write index and counts into the work folder, and make the manifest, which is not written."""
@@ -62,6 +64,11 @@ def assemble(
             for number in range(info.num_shards):
                 source, target = shard_path(split, place, number), shard_file(split, info.first_shard + number)
                 shard_moves.append((source, target))
+        if len(infos[split]) > MAX_PARTS:
+            raise ConfigError(
+                f"{job.dataset_uri} would have {len(infos[split])} parts in the {split} split, one for each source and "
+                f"preparation, at most {MAX_PARTS} are served. Prepare all files at once into another data.dataset."
+            )
     row_tokens = 0 if config.rows == "stream" else config.seq_len + 1
     identity = json.dumps([DATASET_VERSION, config.rows, row_tokens, tokenizer.token_dtype, tokenizer.files.digest])
     content = hashlib.blake2b(identity.encode(), digest_size=16)
@@ -73,7 +80,7 @@ def assemble(
         data = encode_index_page(entries)
         storage.write_bytes(storage.join(job.work_uri, index_file(generation, page)), data)
         digests.append(checksum(data).hex())
-    counts = _counts(job, spool, duplicates, encoded, labels, parts)
+    counts = _counts(job, spool, duplicates, encoded, parts)
     everything = counts if base is None else merged_counts([*read_counts(job.dataset_uri, base.generation), *counts])
     storage.write_bytes(storage.join(job.work_uri, stats_file(generation)), counts_to_json(everything).encode())
     reasons = Counter(spool.reject_reasons)
@@ -175,19 +182,10 @@ def _counts(
     job: Job,
     spool: Spool,
     duplicates: Duplicates,
-    encoded: list[EncodedChunk],
-    labels: tuple[str, ...],
+    encoded: Encoded,
     parts: dict[tuple[str, str], PartShards],
 ) -> list[SourceCounts]:
     """What this generation counts of each of its sources."""
-    splits: dict[tuple[str, str], SplitCounts] = {}
-    classes: dict[tuple[str, str], Counter[str]] = {}
-    for one in encoded:
-        source = job.files[one.chunk.file].file.name
-        for split in SPLITS:
-            splits[source, split] = splits.get((source, split), SplitCounts()) + one.counts[split]
-            for number, count in one.labels[split].items():
-                classes.setdefault((source, split), Counter())[labels[number]] += count
     dropped = duplicates.by_file
     counts = []
     for source in job.sources:
@@ -204,11 +202,11 @@ def _counts(
                 num_duplicates=sum(dropped[file.number] for file in files),
                 num_truncated=sum(part.num_truncated for part in written),
                 reject_reasons=dict(sorted(reasons.items())),
-                splits={split: splits.get((source, split), SplitCounts()) for split in SPLITS},
+                splits={split: encoded.counts[split, source] for split in SPLITS},
                 labels={
-                    split: dict(sorted(classes[source, split].items()))
+                    split: dict(sorted(encoded.labels[split, source].items()))
                     for split in SPLITS
-                    if (source, split) in classes
+                    if encoded.labels[split, source]
                 },
             )
         )
@@ -216,6 +214,12 @@ def _counts(
 
 
 def move_into_place(job: Job, assembly: Assembly) -> None:
-    """Move the files of a generation from the work folder into the dataset, the index behind the shards."""
+    """Move the files of a generation from the work folder into the dataset, the index behind the shards.
+
+    Files of the work folder were written without waiting for the disk; now they must be on it before a manifest is.
+    """
     for source, target in assembly.moves:
+        if storage.is_local(job.work_uri):
+            with storage.local_path(storage.join(job.work_uri, source)).open("rb") as file:
+                os.fsync(file.fileno())
         storage.move_file(storage.join(job.work_uri, source), storage.join(job.dataset_uri, target))

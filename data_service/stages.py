@@ -15,6 +15,7 @@ import numpy as np
 from data_service import storage
 from data_service.chat import ChatTemplate, messages_of
 from data_service.config import DataConfig
+from data_service.counts import SplitCounts
 from data_service.dedupe import Duplicates, find_duplicates, kept_of
 from data_service.encode import EncodedChunk, EncodeItem, EncodeSettings, encode_chunk
 from data_service.errors import ConfigError, ShardCorruptError, SourceError
@@ -39,6 +40,7 @@ from data_service.tokenizer import TokenizerFiles, TrainingSample, read_tokenize
 from data_service.work_items import WorkFiles, arrays_of, do_once
 
 __all__ = [
+    "Encoded",
     "Job",
     "Sizes",
     "TokenizerPlace",
@@ -290,6 +292,28 @@ def _training_texts(job: Job, spool: Spool, duplicates: Duplicates, eval_below: 
     job.tell("tokenizer", spool.num_bytes, spool.num_bytes, spool)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What encoding counted; (split, source) → value."""
+
+    counts: dict[tuple[str, str], SplitCounts]
+    labels: dict[tuple[str, str], Counter[str]]
+    """Documents of each class."""
+
+    @classmethod
+    def none(cls, sources: tuple[str, ...]) -> "Encoded":
+        """Before the first chunk."""
+        keys = [(split, source) for split in SPLITS for source in sources]
+        return cls({key: SplitCounts() for key in keys}, {key: Counter() for key in keys})
+
+    def add(self, source: str, chunk: EncodedChunk, labels: tuple[str, ...]) -> None:
+        """Count a chunk of a source."""
+        for split in SPLITS:
+            self.counts[split, source] += chunk.counts[split]
+            for number, count in chunk.labels[split].items():
+                self.labels[split, source][labels[number]] += count
+
+
 def encode_all(
     job: Job,
     spool: Spool,
@@ -297,7 +321,7 @@ def encode_all(
     tokenizer: TokenizerPlace,
     eval_below: int,
     labels: tuple[str, ...],
-) -> list[EncodedChunk]:
+) -> Encoded:
     """Encode the chunks."""
     settings = EncodeSettings(
         work_uri=job.work_uri,
@@ -319,26 +343,21 @@ def encode_all(
         )
         for chunk in spool.chunks
     ]
-    encoded = []
+    encoded = Encoded.none(job.sources)
     done = 0
     job.tell("encode", 0, spool.num_bytes, spool)
     for one in job.mapper(encode_chunk, items):
-        encoded.append(one)
+        encoded.add(job.files[one.chunk.file].file.name, one, labels)
         done += one.chunk.num_bytes
         job.tell("encode", done, spool.num_bytes, spool)
     return encoded
 
 
-def write_all(
-    job: Job, spool: Spool, encoded: list[EncodedChunk], labels: tuple[str, ...]
-) -> dict[tuple[str, str], PartShards]:
+def write_all(job: Job, spool: Spool, encoded: Encoded, labels: tuple[str, ...]) -> dict[tuple[str, str], PartShards]:
     """Write the shards; (split, source) → what was written, parts without documents left out."""
     config = job.config
     row_tokens = 0 if config.rows == "stream" else config.seq_len + 1
-    tokens: Counter[tuple[str, str]] = Counter()
-    for one in encoded:
-        for split in SPLITS:
-            tokens[split, job.files[one.chunk.file].file.name] += one.counts[split].tokens
+    tokens = {key: one.tokens for key, one in encoded.counts.items()}
     items: dict[tuple[str, str], PartItem] = {}
     for split in SPLITS:
         for number, source in enumerate(job.sources):
