@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data_service import storage
+from data_service.chunks import Chunk
 from data_service.hash_files import HASH, MAX_BITS, PLACED_HASH, HashFile, hashes_file, write_hashes
 from data_service.mapping import Mapper
-from data_service.spool import Chunk, Spool, run_uri
+from data_service.spool import Spool, run_uri
 from data_service.work_items import Result, WorkFiles, do_once
 
 __all__ = ["Duplicates", "find_duplicates", "kept_of"]

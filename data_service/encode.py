@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from data_service import storage
 from data_service.chat import load_renderer
+from data_service.chunks import Chunk, Texts, read_texts
 from data_service.counts import SplitCounts, length_counts
 from data_service.dedupe import kept_of
 from data_service.manifest import SPLITS
-from data_service.spool import Chunk, Texts, read_texts
 from data_service.tokenizer import encode_documents, load_encoder
 from data_service.work_items import Result, WorkFiles, arrays_of, arrays_to_bytes, do_once
 

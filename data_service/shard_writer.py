@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data_service.chunks import Chunk
 from data_service.config import RowKind
 from data_service.encode import EncodedDocuments, read_encoded
 from data_service.packing import Packer, Rows
 from data_service.shards import Shard, checksum, encode_shard
-from data_service.spool import Chunk
 from data_service.work_items import Result, WorkFiles, do_once
 
 __all__ = ["PartItem", "PartShards", "WrittenShard", "cut_stream", "shard_path", "write_part"]

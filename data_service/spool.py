@@ -21,26 +21,23 @@ import numpy.typing as npt
 
 from data_service import storage
 from data_service.chat import ChatError, ChatTemplate, messages_of
+from data_service.chunks import Chunk
 from data_service.config import DataConfig
 from data_service.errors import SourceError
 from data_service.hash_files import PLACED_HASH, encode_hashes
 from data_service.readers import SourceFile, read_records
 from data_service.records import Reject
-from data_service.work_items import Result, WorkFiles, arrays_of, arrays_to_bytes, do_once
+from data_service.work_items import Result, WorkFiles, arrays_to_bytes, do_once
 
 __all__ = [
     "MAX_CLASSES",
     "ChatCheck",
-    "Chunk",
     "FileSpool",
     "ReadItem",
     "Spool",
-    "Texts",
     "check_rejects",
     "check_spool",
-    "chunk_uri",
     "read_file",
-    "read_texts",
     "rejects_file",
     "run_uri",
     "write_rejects",
@@ -83,21 +80,6 @@ class ChatCheck:
         if self.special_tokens is None:
             return ChatTemplate.to_train(self.source)
         return ChatTemplate(self.source, dict(self.special_tokens), self.control_tokens)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive documents of a file."""
-
-    file: int
-    number: int
-    run: int
-    """The run of the file that holds their hashes."""
-    first: int
-    """Place of the first document in the run."""
-    num_documents: int
-    num_bytes: int
-    """Of text."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +170,6 @@ class Spool:
 def rejects_file(generation: int) -> str:
     """Path of a generation's rejects inside its dataset."""
     return "rejects.jsonl" if generation == 0 else f"rejects.{generation:05d}.jsonl"
-
-
-def chunk_uri(work_uri: str, chunk: Chunk) -> str:
-    """Where the text of a chunk lies."""
-    return storage.join(work_uri, f"read/{chunk.file:05d}/chunk-{chunk.number:06d}.arrow")
 
 
 def run_uri(work_uri: str, file: int, run: int) -> str:
@@ -370,37 +347,3 @@ class _Reading:
         self.runs.append(self.run_size)
         self.run_hashes.clear()
         self.run_size = 0
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The documents of a chunk, n of them."""
-
-    texts: list[str]
-    num_bytes: npt.NDArray[np.int64]
-    """[n]: of each text in UTF-8."""
-    high: npt.NDArray[np.uint64]
-    """[n]: first 8 bytes of each hash."""
-    labels: npt.NDArray[np.int32] | None
-    """[n]: places in `FileSpool.labels`."""
-
-
-def read_texts(work_uri: str, chunk: Chunk, keep: npt.NDArray[np.bool_] | None = None) -> Texts:
-    """Read a chunk.
-
-    Args:
-        work_uri: the work folder.
-        chunk: which one.
-        keep: [n], the documents wanted; None for all.
-    """
-    arrays = arrays_of(chunk_uri(work_uri, chunk))
-    data = memoryview(arrays["text"].data)
-    ends = arrays["end"]
-    begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-    labels = arrays.get("label")
-    if keep is not None:
-        begins, ends = begins[keep], ends[keep]
-        labels = None if labels is None else labels[keep]
-    texts = [str(data[a:b], "utf-8") for a, b in zip(begins.tolist(), ends.tolist(), strict=True)]
-    high = arrays["high"] if keep is None else arrays["high"][keep]
-    return Texts(texts, ends - begins, high, labels)

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_service import storage
 from data_service.chat import ChatTemplate, messages_of
+from data_service.chunks import chunk_uri, read_texts
 from data_service.config import DataConfig
 from data_service.counts import SplitCounts
 from data_service.dedupe import Duplicates, find_duplicates, kept_of
@@ -30,9 +31,7 @@ from data_service.spool import (
     ReadItem,
     Spool,
     check_spool,
-    chunk_uri,
     read_file,
-    read_texts,
     rejects_file,
     write_rejects,
 )
