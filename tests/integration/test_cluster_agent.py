@@ -23,14 +23,14 @@ from cluster.sections import ClusterConfig, NodeConfig
 from data_service.access import DataAccess
 from data_service.prepare import prepare
 from serve.config import ServeConfig
-from tests.helpers.data_runs import GLOBAL_BATCH, SEED, order_of, reviews, small_config, write_csv
+from tests.helpers.data_runs import GLOBAL_BATCH, SEED, order_of, reviews, small_config, small_order, write_csv
 from tests.helpers.waiting import is_alive, until
 from trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from trainer.protocol import FinishedReport, StepReport, WorkerSpec, report_from_json
 
 LEASE_S = 30.0
 DEADLINE_S = 90.0
-NOWHERE = DataAccess(control=("127.0.0.1:1",), token="none", read_stall_s=0.3, stalled_s=1.0)
+NOWHERE = DataAccess(("127.0.0.1:1",), "none", small_order(), "made-up", read_stall_s=0.3, stalled_s=1.0)
 
 
 @dataclass
