@@ -1,5 +1,6 @@
 """Shards in place and in the disk cache: each read once, bounded, verified, and inherited by the next process."""
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from data_service import control_pb2 as pb
 from data_service.cache import ShardCache
+from data_service.control import ControlServer
 from data_service.errors import ConfigError, DataUnavailableError, ShardCorruptError
 from data_service.manifest import read_manifest
 from data_service.metrics import WorkerMetrics
@@ -21,9 +24,11 @@ from data_service.order import rows_of_batch
 from data_service.ownership import owners_of_rows
 from data_service.planning import make_plan
 from data_service.prefetch import AHEAD_BATCHES, EVERY_BATCHES, Prefetch, entries_of
+from data_service.server import DataWorker
 from data_service.shards import ShardIndex, load_shard
 from data_service.ticket import Ticket
-from tests.helpers.data_runs import small_order
+from tests.helpers.data_runs import TOKEN, small_order
+from tests.helpers.flight_calls import raw_control, raw_worker
 from tests.helpers.waiting import until
 from tests.helpers.written_datasets import stream_dataset
 
@@ -317,6 +322,41 @@ def test_a_ticket_lets_the_worker_fetch_its_own_shards_of_batches_further_on(rem
     assert 0 < len(wanted) < len({entry.number for entry in entries_of(manifest, index, plan, rows)})
     prefetch.close()
     cache.close()
+
+
+def test_each_shard_leaves_the_store_once_for_all_workers(remote, tmp_path):
+    """An epoch and a half, asked by four ranks of three workers, each for the rows of its own shards."""
+    uri, entries = remote
+    plan = make_plan(read_manifest(uri), "train", small_order())
+    control = ControlServer(uri, TOKEN)
+    address = control.start()
+    workers = {}
+    try:
+        for _ in range(3):
+            worker = DataWorker(uri, address, TOKEN, cache_dir=str(tmp_path / "cache"))
+            workers[worker.worker_id] = (worker, worker.start())
+        members = tuple(sorted(workers))
+        rows = 0
+        with contextlib.ExitStack() as stack:
+            raws = [stack.enter_context(raw_worker(workers[member][1])) for member in members]
+            steps = range(0, plan.num_batches * 3 // 2, 4)
+            for step in steps:
+                for rank, (number, raw) in itertools.product(range(4), enumerate(raws)):
+                    ticket = Ticket(plan, step, step + 4, (2 * rank, 2 * rank + 2), members, number)
+                    rows += raw.table(ticket).num_rows
+        assert rows == len(steps) * 4 * plan.global_batch
+        assert shard_reads() == {f"train-{entry.number:05d}.arrow": 1 for entry in entries}
+        with raw_control(address) as raw:
+            until(
+                lambda: sum(one.counters.rows for one in raw("Stats", pb.StatsRequest()).workers) == rows,
+                "heartbeats carry the counters",
+            )
+            told = [one.counters for one in raw("Stats", pb.StatsRequest()).workers]
+        assert sum(one.bytes_read for one in told) == sum(entry.num_bytes for entry in entries)
+    finally:
+        for worker, _ in workers.values():
+            worker.stop()
+        control.stop()
 
 
 def test_a_cache_folder_that_cannot_be_used_is_named(remote, tmp_path):
