@@ -9,13 +9,16 @@ Refuses to place a row that is not the plan's. No network here.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
+from data_service.memory import pooled_array
 from data_service.plan import Plan
 from data_service.schema import NO_LABEL, NO_ROW, BatchSlice, wire_schema
 
@@ -58,6 +61,12 @@ class CheckedMessage:
     row_crc: npt.NDArray[np.uint32]
 
 
+@lru_cache(maxsize=64)
+def _schemas(plan: Plan) -> tuple[pa.Schema, ...]:
+    """What an answer may look like."""
+    return tuple(wire_schema(plan, np.dtype(kind)) for kind in (np.uint16, np.uint32))
+
+
 def check_answer(plan: Plan, wanted: Wanted, address: str, answer: Sequence[Any]) -> list[CheckedMessage]:
     """Check the answer to a ticket.
 
@@ -70,7 +79,7 @@ def check_answer(plan: Plan, wanted: Wanted, address: str, answer: Sequence[Any]
     Raises:
         DeliveryError: naming worker, batches and rows, when anything differs from the plan.
     """
-    schemas = [wire_schema(plan, np.dtype(kind)) for kind in (np.uint16, np.uint32)]
+    schemas = _schemas(plan)
     checked: list[CheckedMessage] = []
     begin = 0
     for batch in answer:
@@ -184,7 +193,7 @@ class RangeArrays:
         """
         for message in messages:
             if self._tokens is None:
-                self._tokens = np.empty((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
+                self._tokens = pooled_array((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
             if self._tokens.dtype != message.tokens.dtype:
                 raise DeliveryError(
                     f"tokens came as {message.tokens.dtype} and as {self._tokens.dtype} from workers of one dataset. "

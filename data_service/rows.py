@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from data_service.errors import ShardCorruptError
 from data_service.hashing import row_crcs
 from data_service.manifest import DatasetManifest
+from data_service.memory import pooled_array
 from data_service.plan import PART_SHIFT, Plan
 from data_service.planning import check_plan
 from data_service.schema import NO_LABEL, RowBlock
@@ -141,7 +141,7 @@ class ShardRows:
 
     def _empty(self, plan: Plan, count: int) -> _Gathered:
         return _Gathered(
-            tokens=_pooled((count, plan.seq_len + 1), self._manifest.dtype),
+            tokens=pooled_array((count, plan.seq_len + 1), self._manifest.dtype),
             length=np.empty(count, dtype=np.uint32),
             answer_bits=np.empty((count, -(-plan.seq_len // 8)), dtype=np.uint8) if plan.loss_masks else None,
             labels=np.full(count, NO_LABEL, dtype=np.int32) if plan.num_labels else None,
@@ -170,13 +170,6 @@ class ShardRows:
             out.answer_bits[slots] = _label_bits(shard, begin, length, out.answer_bits.shape[1])
         if out.labels is not None and shard.labels is not None:
             out.labels[slots] = shard.labels[rows]
-
-
-def _pooled(shape: tuple[int, int], dtype: np.dtype[np.unsignedinteger]) -> npt.NDArray[np.unsignedinteger]:
-    """An array in memory of Arrow's pool, which gives it out again; the C library's would come new from the kernel."""
-    memory = pa.allocate_buffer(shape[0] * shape[1] * dtype.itemsize)
-    found: npt.NDArray[np.unsignedinteger] = np.frombuffer(memory, dtype).reshape(shape)
-    return found
 
 
 def _copy_tokens(
