@@ -24,7 +24,7 @@ from typing import BinaryIO
 from data_service import storage
 from data_service.errors import ConfigError, DataUnavailableError
 
-__all__ = ["claim_folder", "work_folder"]
+__all__ = ["claim_folder", "remove_leftovers", "work_folder"]
 
 _LOG = logging.getLogger(__name__)
 _LOCK_FILE = ".prepare.lock"
@@ -60,6 +60,17 @@ def claim_folder(dataset_uri: str, wait_s: float = _WAIT_S) -> Iterator[None]:
         (folder / _LOCK_FILE).unlink(missing_ok=True)
         fcntl.flock(lock, fcntl.LOCK_UN)
         lock.close()
+
+
+def remove_leftovers(dataset_uri: str) -> None:
+    """Remove work folders that nobody works in, when the dataset is found finished; does not wait for a claim."""
+    if not storage.is_local(dataset_uri):
+        return
+    names = [name for name in storage.list_names(dataset_uri) if _WORK_FOLDER.fullmatch(name)]
+    if names:
+        with contextlib.suppress(DataUnavailableError), claim_folder(dataset_uri, wait_s=0.0):
+            for name in names:
+                storage.remove_tree(storage.join(dataset_uri, name))
 
 
 def work_folder(dataset_uri: str, key: str) -> str:

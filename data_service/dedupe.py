@@ -10,7 +10,7 @@ Owns this search. Knows nothing of texts.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,13 @@ class _Run:
 
 
 def find_duplicates(
-    work_uri: str, spool: Spool, earlier: Sequence[str], generation: int, partition_documents: int, mapper: Mapper
+    work_uri: str,
+    spool: Spool,
+    earlier: Sequence[str],
+    generation: int,
+    partition_documents: int,
+    mapper: Mapper,
+    tell: Callable[[float], None] = lambda share: None,
 ) -> Duplicates:
     """Find the documents that go, and write the hashes of those that stay to `hashes_file(generation)`.
 
@@ -97,11 +103,15 @@ def find_duplicates(
         generation: the one being prepared.
         partition_documents: documents of a partition, about.
         mapper: runs partitions.
+        tell: called with the share that is done.
     """
     runs = tuple((file.number, run) for file in spool.files for run in range(len(file.runs)))
     bits = min(MAX_BITS, max(0, -(-spool.num_documents // partition_documents) - 1).bit_length())
     partitions = [_Partition(work_uri, bits, number, runs, tuple(earlier)) for number in range(2**bits)]
-    found = list(mapper(_search, partitions))
+    found: list[_Partitioned] = []
+    for one in mapper(_search, partitions):
+        found.append(one)
+        tell(len(found) / len(partitions))
     _write_kept(work_uri, found, hashes_file(generation))
     if not any(one.dropped for one in found):
         return Duplicates({})

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 
 from data_service import storage
-from data_service.claim import claim_folder, work_folder
+from data_service.claim import claim_folder, remove_leftovers, work_folder
 from data_service.config import DataConfig
 from data_service.errors import ConfigError, DataUnavailableError, SourceError
 from data_service.generations import InputFile, Request, Target, files_of, find_target, look_at
@@ -76,6 +76,7 @@ def prepare(
     request = look_at(config)
     target = _target(request, dataset_uri)
     if target.manifest is not None and not _damaged(dataset_uri, target):
+        remove_leftovers(dataset_uri)
         return target.manifest
     storage.check_commits(dataset_uri)
     with claim_folder(dataset_uri):

@@ -187,11 +187,14 @@ def deduplicate(job: Job, spool: Spool) -> Duplicates:
     """Find the documents that go; none where data.split.deduplicate is off."""
     if not job.config.split.deduplicate:
         return Duplicates({})
-    job.tell("deduplicate", 0, spool.num_bytes, spool)
+
+    def tell(share: float) -> None:
+        job.tell("deduplicate", int(share * spool.num_bytes), spool.num_bytes, spool)
+
+    tell(0.0)
     hashes = [storage.join(job.dataset_uri, hashes_file(number)) for number in range(job.generation)]
-    found = find_duplicates(job.work_uri, spool, hashes, job.generation, job.sizes.partition_documents, job.mapper)
-    job.tell("deduplicate", spool.num_bytes, spool.num_bytes, spool)
-    return found
+    size = job.sizes.partition_documents
+    return find_duplicates(job.work_uri, spool, hashes, job.generation, size, job.mapper, tell)
 
 
 def eval_below_of(job: Job, spool: Spool) -> int:

@@ -1,10 +1,12 @@
 """A preparation that was killed is taken up again: nothing finished is done twice, and the bytes are the same."""
 
 import random
+import shutil
 
 import pytest
 
 from data_service import encode, shard_writer, spool
+from data_service.claim import claim_folder
 from data_service.config import DataConfig, SourceConfig, SplitConfig, TokenizerConfig, TokenizerTrainConfig
 from data_service.mapping import ProcessMapper
 from data_service.prepare import prepare
@@ -146,6 +148,22 @@ def test_damaged_work_is_done_again(config, whole, tmp_path, monkeypatch, damage
             path.unlink()
         else:
             path.write_bytes(bytes(len(data)) if damage == "zeros" else data[: len(data) // 2])
+    prepare(config, str(tmp_path))
+    assert all_bytes(tmp_path) == whole
+
+
+def test_work_that_a_finished_preparation_left_is_removed_unless_somebody_is_at_it(config, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, str(tmp_path), mapper=_stop_behind(3))
+    (work,) = [path for path in tmp_path.iterdir() if path.name.startswith("work-")]
+    kept = tmp_path.with_name(f"{tmp_path.name}-kept")
+    shutil.copytree(work, kept)
+    prepare(config, str(tmp_path))
+    # As if the kill had come just behind the manifest.
+    shutil.copytree(kept, work)
+    with claim_folder(str(tmp_path)):
+        prepare(config, str(tmp_path))
+        assert work.exists()
     prepare(config, str(tmp_path))
     assert all_bytes(tmp_path) == whole
 
