@@ -108,6 +108,11 @@ def _train(
         began = time.monotonic()
         prepared = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
         manifest = dataset_of_run(config, prepared)
+        if manifest.digest != prepared.digest:
+            console.say(
+                f"the run goes on with generation {manifest.generation} of its dataset, which its checkpoints name; "
+                f"generation {prepared.generation} is for new runs"
+            )
         seconds = time.monotonic() - began
         _tell_dataset(config, manifest, seconds, writer, console)
         outcome = Controller(config, pool, writer, console, manifest, stop).train()

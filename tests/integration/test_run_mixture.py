@@ -1,4 +1,7 @@
-"""A run over two sources with weights, a change of them and skipped batches; killed, resumed with one change more."""
+"""A run over two sources with weights, a change of them and skipped batches; killed, resumed with one change more.
+
+Files that were added to a source meanwhile are for new runs.
+"""
 
 import os
 import signal
@@ -10,7 +13,7 @@ import pytest
 from cluster.config import RunConfig, load_config
 from cluster.run_data import train_plan
 from data_service.audit import SampleAudit
-from data_service.manifest import read_manifest
+from data_service.manifest import DatasetManifest, read_manifest
 from data_service.order import rows_of_batch
 from data_service.plan import Plan, part_of_rows
 from tests.helpers.runs import RunProcess, running, step_records, write_corpus
@@ -22,7 +25,7 @@ RUN = f"""
 run: {{name: mixed, storage: ./runs, seed: 5}}
 cluster: {{address: local, nodes: 1, node: {{slots: 2}}}}
 data:
-  sources: [{{path: big.csv, weight: 3}}, {{path: small.csv, weight: 1}}]
+  sources: [{{path: big, weight: 3}}, {{path: small.csv, weight: 1}}]
   tokenizer: {{train: {{vocab_size: 400}}}}
   rows: packed
   isolate_documents: true
@@ -52,13 +55,10 @@ def change(first_batch: int) -> str:
     )
 
 
-def plan_of(config: RunConfig) -> Plan:
-    return train_plan(config, read_manifest(config.dataset_uri))
-
-
 @pytest.mark.timeout(240)
 def test_a_mixed_run_is_killed_and_goes_on_with_a_change_more(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "big.csv", documents=300, seed=1)
+    (tmp_path / "big").mkdir()
+    write_corpus(tmp_path / "big" / "first.csv", documents=300, seed=1)
     write_corpus(tmp_path / "small.csv", documents=60, seed=2)
     file = tmp_path / "run.yaml"
     file.write_text(RUN, encoding="utf-8")
@@ -67,6 +67,8 @@ def test_a_mixed_run_is_killed_and_goes_on_with_a_change_more(tmp_path: Path) ->
         os.kill(run.process.pid, signal.SIGKILL)
         run.process.wait(10)
         consumed = max(event["step"] for event in run.events("checkpoint_committed"))
+        (first,) = run.events("dataset_ready")
+    write_corpus(tmp_path / "big" / "second.csv", documents=50, seed=3)
     assert 20 <= consumed < SECOND_CHANGE - 3, "killed too late for this test"
 
     refused = RunProcess("train", file, [change(consumed)])
@@ -81,18 +83,21 @@ def test_a_mixed_run_is_killed_and_goes_on_with_a_change_more(tmp_path: Path) ->
     with running("train", file, change(SECOND_CHANGE)) as run:
         assert run.wait() == 0, run.output[-4000:]
         records = step_records(run.folder)
+        assert run.events("dataset_ready")[-1]["digest"] == first["digest"]
+        assert "generation 1 is for new runs" in run.output
     assert len(records) == STEPS
 
     config = load_config(file, [change(SECOND_CHANGE)])
-    check_hashes(config, {int(record["batch"]): str(record["sample_hash"]) for record in records.values()})
+    manifest = read_manifest(config.dataset_uri, first["digest"])
+    assert read_manifest(config.dataset_uri).num_documents() > manifest.num_documents(), "the new file was not prepared"
+    check_hashes(config, manifest, {int(record["batch"]): str(record["sample_hash"]) for record in records.values()})
     batches = [int(records[step]["batch"]) for step in sorted(records)]
     assert batches == [batch for batch in range(STEPS + 3) if not SKIPPED[0] <= batch < SKIPPED[1]]
-    check_mixture(plan_of(config))
+    check_mixture(train_plan(config, manifest))
 
 
-def check_hashes(config: RunConfig, found: dict[int, str]) -> None:
+def check_hashes(config: RunConfig, manifest: DatasetManifest, found: dict[int, str]) -> None:
     """Absolute batches hold what they hold without skips."""
-    manifest = read_manifest(config.dataset_uri)
     whole = config.model_copy(update={"data": config.data.model_copy(update={"skip": ()})})
     audit = SampleAudit(config.dataset_uri, train_plan(whole, manifest), manifest, cache_bytes=1 << 20)
     try:
