@@ -175,6 +175,19 @@ class DataServiceConfig(Section):
     audit: bool = True
     """The controller reads the rows of every step from the shards itself and compares their hash with the ranks'."""
 
+    @model_validator(mode="after")
+    def _deadlines_ascend(self) -> Self:
+        if not self.hedge_s < self.read_stall_s < self.stalled_s:
+            raise ValueError(
+                f"hedge_s={self.hedge_s:g}, read_stall_s={self.read_stall_s:g}, stalled_s={self.stalled_s:g}: a second "
+                "worker is asked before a read is cancelled, and that before a rank gives up. Put them in this order."
+            )
+        for address in self.address:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError(f"address {address!r} is not host:port. Name a control plane such as 10.0.0.5:7000.")
+        return self
+
 
 class DataConfig(Section):
     """What is trained on."""
