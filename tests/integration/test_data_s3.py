@@ -18,37 +18,10 @@ from data_service import object_store, storage
 from data_service.config import SourceConfig
 from data_service.errors import ConfigError, SourceError
 from data_service.readers import Record, find_files, fingerprint, read_records
-from tests.helpers.s3_faults import Fault, FaultProxy, fault_proxy
-from tests.helpers.s3_server import S3Server, running_server
+from tests.helpers.s3_faults import Fault, FaultProxy
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = random.Random(5).randbytes(300_000)
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def module_proxy(server: S3Server):
-    with fault_proxy(server.port) as found:
-        yield found
-
-
-@pytest.fixture
-def proxy(server: S3Server, module_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch):
-    """The server behind its proxy is what s3:// means; waits are short."""
-    for name, value in server.environment(module_proxy.url).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "_SILENT_S", 1.0)
-    monkeypatch.setattr(object_store, "_FIRST_WAIT_S", 0.02)
-    object_store._s3_options.cache_clear()
-    module_proxy.clear()
-    yield module_proxy
-    module_proxy.clear()
-    object_store._s3_options.cache_clear()
 
 
 @pytest.fixture
@@ -219,25 +192,16 @@ def test_writes_lists_and_moves_are_tried_again(root, proxy, kind):
 
 
 @pytest.mark.parametrize("operation", ["read_bytes", "open_input", "exists", "kind_of", "list_names", "file_size"])
-def test_a_wrong_secret_is_said_at_once(server, proxy, monkeypatch, operation):
-    import s3fs
-
+def test_a_wrong_secret_is_said_at_once(proxy, monkeypatch, operation):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        with pytest.raises(ConfigError, match=r"s3://bucket/x: .*Set credentials that may do this") as raised:
-            getattr(storage, operation)("s3://bucket/x")
-        assert len(proxy.requests) == 1
-        with pytest.raises(ConfigError, match=r"data\.sources\.0\.path=s3://bucket/x\.csv: .*Set credentials"):
-            find_files((SourceConfig(path="s3://bucket/x.csv"),))
-        with pytest.raises(ConfigError, match="Set credentials"):
-            storage.put_if_absent("s3://bucket/x", b"x")
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
-    assert SECRET_WORDS.isdisjoint(str(raised.value).split())
-
-
-SECRET_WORDS = {"wrong", "test-secret"}
+    with pytest.raises(ConfigError, match=r"s3://bucket/x: .*Set credentials that may do this") as raised:
+        getattr(storage, operation)("s3://bucket/x")
+    assert len(proxy.requests) == 1
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.path=s3://bucket/x\.csv: .*Set credentials"):
+        find_files((SourceConfig(path="s3://bucket/x.csv"),))
+    with pytest.raises(ConfigError, match="Set credentials"):
+        storage.put_if_absent("s3://bucket/x", b"x")
+    assert "wrong" not in str(raised.value)
 
 
 def test_a_bucket_that_is_not_there_is_named(proxy):
@@ -246,7 +210,7 @@ def test_a_bucket_that_is_not_there_is_named(proxy):
             getattr(storage, operation)("s3://no-bucket/x")
 
 
-def test_settings_of_the_run_go_before_the_environment(server, proxy, monkeypatch, tmp_path):
+def test_settings_of_the_run_go_before_the_environment(proxy, monkeypatch, tmp_path):
     """Endpoint, region and profile; secrets come from the profile, and children inherit all of it."""
     storage.write_bytes("s3://bucket/settings", b"found")
     (tmp_path / "credentials").write_text("[team]\naws_access_key_id = test-key\naws_secret_access_key = test-secret\n")
