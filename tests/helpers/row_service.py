@@ -16,7 +16,7 @@ from data_service.prepare import prepare
 from data_service.rows import ShardRows
 from data_service.server import DataWorker, ShardRowsFactory
 
-__all__ = ["RowService", "data_config", "row_service", "write_corpus"]
+__all__ = ["RowService", "data_config", "row_service", "served", "write_corpus"]
 
 TOKEN = "a-token-for-tests"
 
@@ -77,21 +77,30 @@ def row_service(
     isolate_documents: bool = False,
 ) -> Iterator[RowService]:
     """Prepare (or find prepared) a corpus in `folder` and serve it with one worker for each row source."""
-    corpus, dataset = folder / "corpus.csv", str(folder / f"dataset-{rows}")
+    corpus = folder / "corpus.csv"
     if not corpus.exists():
         write_corpus(corpus)
     config = data_config(corpus, seq_len, rows, isolate_documents)
-    manifest = prepare(config, dataset)
-    control = ControlServer(dataset, TOKEN)
+    with served(config, folder / f"dataset-{rows}", global_batch, seed, sources) as service:
+        yield service
+
+
+@contextlib.contextmanager
+def served(
+    config: DataConfig, dataset: Path, global_batch: int, seed: int, sources: Sequence[ShardRowsFactory] = (ShardRows,)
+) -> Iterator[RowService]:
+    """Prepare (or find prepared) what a `data` section names, and serve it with one worker for each row source."""
+    manifest = prepare(config, str(dataset))
+    control = ControlServer(str(dataset), TOKEN)
     address = control.start()
     workers: list[DataWorker] = []
     try:
         for source in sources:
-            workers.append(DataWorker(dataset, address, TOKEN, row_source=source))
+            workers.append(DataWorker(str(dataset), address, TOKEN, row_source=source))
             workers[-1].start()
         order = OrderSpec.from_config(config, seed=seed, global_batch=global_batch)
         access = DataAccess((address,), TOKEN, order, manifest.digest, stalled_s=20.0)
-        yield RowService(access, manifest, Path(dataset))
+        yield RowService(access, manifest, dataset)
     finally:
         for worker in workers:
             worker.stop()

@@ -1,7 +1,10 @@
 """Rows of several documents, kept apart: every mesh trains as if each document were alone."""
 
 import contextlib
+import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +13,10 @@ from torch.nn import functional as F
 
 from data_service.access import DataAccess
 from data_service.client import DataClient
-from data_service.config import RowKind
+from data_service.config import DataConfig, RowKind
 from data_service.schema import BatchSlice
 from tests.helpers.initial_weights import initialise
-from tests.helpers.row_service import row_service
+from tests.helpers.row_service import row_service, served, write_corpus
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, SEQ_LEN, Case, Lab
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import lr_at, make_optimizer
@@ -92,3 +95,63 @@ def test_whole_rows_give_another_loss(lab: Lab) -> None:
     whole = lab.reference(Case(1, 1)).steps
     assert all(tokens < whole[step].tokens for step, (_, tokens) in enumerate(isolated, 1))
     assert any(abs(loss / whole[step].loss - 1) > 2e-3 for step, (loss, _) in enumerate(isolated, 1))
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+
+
+def _chats_and_texts(folder: Path) -> DataConfig:
+    """Chats beside plain text, packed into rows."""
+    folder.mkdir()
+    write_corpus(folder / "texts.csv", num_documents=60, seed=1)
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    draw = random.Random(3)
+    with (folder / "chats.jsonl").open("w") as file:
+        for number in range(120):
+            sea, wind = draw.choice(("calm", "rough", "grey")), draw.choice(("north", "south", "no"))
+            asked = {"role": "user", "content": f"How is the sea, {number}?"}
+            told = {"role": "assistant", "content": f"The sea is {sea}, with {wind} wind."}
+            file.write(json.dumps({"messages": [asked, told]}) + "\n")
+    return DataConfig.model_validate(
+        {
+            "sources": [{"path": f"{folder}/texts.csv"}, {"path": f"{folder}/chats.jsonl", "messages": "messages"}],
+            "tokenizer": {"train": {"vocab_size": 384}},
+            "chat_template": f"{folder}/chat.jinja",
+            "rows": "packed",
+            "seq_len": 64,
+            "isolate_documents": True,
+            "split": {"eval": 0},
+            "shard_tokens": 2048,
+        }
+    )
+
+
+def test_every_mesh_learns_answers_alone_from_chats(lab: Lab) -> None:
+    config = _chats_and_texts(lab.folder / "chats")
+    with served(config, lab.folder / "chats" / "dataset", GLOBAL_BATCH, SEED) as service:
+        found, counted = {}, []
+        for case in (Case(1, 1), Case(1, 2), Case(2, 1)):
+            spec = lab.spec(case, lab.folder / f"chats-{case}", steps=STEPS)
+            spec = replace(spec, data=service.access, vocab_size=service.manifest.vocab_size, seq_len=64)
+            found[case] = lab.run(spec).steps
+        shape = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
+        model = Transformer(shape)
+        initialise(model.named_parameters(), spec.seed, shape)
+        with contextlib.closing(DataClient(service.access)) as client:
+            batches = list(client.stream("train", 0, STEPS, (0, GLOBAL_BATCH)))
+    for rows in batches:
+        every = (np.arange(1, 65) < rows.length[:, None]) & ~rows.doc_starts[:, 1:]
+        counted.append((int(rows.loss_mask.sum()), int(every.sum())))
+    assert all(some < all_of_them for some, all_of_them in counted), "questions are learned as well"
+    ids = torch.from_numpy(batches[0].tokens.astype(np.int64))
+    places, documents = (torch.from_numpy(one.astype(np.int64)) for one in (batches[0].positions, batches[0].doc_ids))
+    mask = torch.from_numpy(batches[0].loss_mask)
+    first = F.cross_entropy(model(ids[:, :-1], places, documents)[mask], ids[:, 1:][mask]).item()
+    for case, steps in found.items():
+        assert [steps[step].tokens for step in sorted(steps)] == [some for some, _ in counted], case
+        assert steps[1].loss == pytest.approx(first, rel=1e-4), case
+        for step, expected in found[Case(1, 1)].items():
+            assert steps[step].loss == pytest.approx(expected.loss, rel=2e-3), (case, step)
