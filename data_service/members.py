@@ -50,6 +50,8 @@ class _Doubt:
 
     strikes: int
     until: float
+    silent: bool = False
+    """It only gave no sign of life: any sign ends the doubt."""
 
 
 class KnownMembers:
@@ -111,11 +113,18 @@ class KnownMembers:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._known) or self._closed.is_set(), timeout_s)
 
-    def failed(self, member: Member, reason: str) -> None:
-        """A read of this worker failed or hangs: ask others first for a while, and tell the control plane."""
+    def failed(self, member: Member, reason: str, *, silent: bool = False) -> None:
+        """A read of this worker failed: ask others first for a while, and tell the control plane.
+
+        Args:
+            member: the worker.
+            reason: for messages.
+            silent: nothing failed, but it gives no sign of life.
+        """
         with self._lock:
             doubt = self._doubts.setdefault(member.worker_id, _Doubt(0, 0.0))
             now = self._clock()
+            doubt.silent = silent and (doubt.silent or now >= doubt.until)
             # Reads that were in flight together fail together: that is one strike.
             if now < doubt.until:
                 return
@@ -131,6 +140,13 @@ class KnownMembers:
         if worker_id in self._doubts:
             with self._lock:
                 self._doubts.pop(worker_id, None)
+
+    def lives(self, worker_id: str) -> None:
+        """This worker's process answers, whatever its reads do."""
+        with self._lock:
+            doubt = self._doubts.get(worker_id)
+            if doubt is not None and doubt.silent:
+                del self._doubts[worker_id]
 
     def close(self) -> None:
         """End the thread; it may be in a call for a moment longer."""

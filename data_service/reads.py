@@ -1,7 +1,7 @@
 """One ticket on its way: whom to ask, whom else when that takes long, and when to give up.
 
     asked ──answer──▶ done
-      │ silent for half of hedge_s: is its process there at all?    yes: it is at work, wait on
+      │ silent for a quarter of hedge_s: is its process there at all?    yes: it is at work, wait on
       │ silent for hedge_s: ask the next member too, the first good answer counts
       │ failed, or no answer for read_stall_s: ask the next member
       ▼ nobody answered for stalled_s: DataStalledError
@@ -27,6 +27,8 @@ _LOG = logging.getLogger(__name__)
 _MAX_AT_ONCE = 3
 _SLOWEST_BYTES_PER_S = 2 << 20
 _PAUSE_S = 0.1
+_PING_AFTER = 0.25
+"""Of hedge_s: the rest is the time that a worker under load has to answer."""
 
 
 @dataclass(eq=False)
@@ -102,20 +104,21 @@ class TicketRead:
             if not self._ask_next(now):
                 self._end_round(now)
                 return min(self._pause_until, deadline)
-            return min(now + self._access.hedge_s / 2, deadline)
+            return min(now + self._access.hedge_s * _PING_AFTER, deadline)
         newest, hedge_s = running[-1], self._access.hedge_s
         if now >= newest.since + hedge_s:
-            self._members.failed(newest.member, f"no answer for {hedge_s} s")
+            self._members.failed(newest.member, f"no answer for {hedge_s} s", silent=True)
             if len(running) >= _MAX_AT_ONCE or not self._ask_next(now):
                 newest.since, newest.pinged = now, False
-            return min(now + hedge_s / 2, deadline)
-        if now >= newest.since + hedge_s / 2 and not newest.pinged:
+            return min(now + hedge_s * _PING_AFTER, deadline)
+        if now >= newest.since + hedge_s * _PING_AFTER and not newest.pinged:
             newest.pinged = True
             self._ping(self, newest)
-        return min(newest.since + (hedge_s if newest.pinged else hedge_s / 2), deadline)
+        return min(newest.since + (hedge_s if newest.pinged else hedge_s * _PING_AFTER), deadline)
 
     def alive(self, attempt: Attempt, now: float) -> None:
         """The process of an attempt answers: it is slow, not gone."""
+        self._members.lives(attempt.member.worker_id)
         attempt.since, attempt.pinged = now, False
 
     def failed(self, attempt: Attempt, error: Exception) -> None:

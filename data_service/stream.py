@@ -35,7 +35,7 @@ from data_service.ticket import (
 
 __all__ = ["Stream"]
 
-_OWNER_TOKENS = 1 << 20
+_OWNER_TOKENS = 1 << 21
 """Tokens that a range asks of one owner: two messages of 1 MiB."""
 _RANGES_AHEAD = 4
 _MAX_READS = 32
@@ -234,7 +234,7 @@ class Stream:
         """Ask whether an attempt's process answers, in a thread of the connections."""
 
         def job() -> None:
-            found = self._connections.ping(attempt.member.address, self._access.hedge_s / 2)
+            found = self._connections.ping(attempt.member.address, self._access.read_stall_s)
             self._events.put((read, attempt, found))
 
         self._connections.background(job)
@@ -251,11 +251,11 @@ class Stream:
             return
 
     def _take(self, read: TicketRead, attempt: Attempt, what: list[object] | bool | Exception) -> None:
-        if read.done:
-            return
         if isinstance(what, bool):
-            if what and not attempt.over:
+            if what:
                 read.alive(attempt, time.monotonic())
+        elif read.done:
+            return
         elif isinstance(what, (DataUnavailableError, ShardCorruptError)):
             if isinstance(what, DataUnavailableError):
                 self._connections.forget(attempt.member.address)

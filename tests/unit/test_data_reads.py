@@ -174,11 +174,11 @@ def test_a_silent_worker_is_pinged_and_then_a_second_one_asked():
     clock, reports = Clock(), []
     view = known(clock, answer(*map(member, NAMES)), reports=reports)
     asked = Asked(view, clock)
-    asked.until(0.14)
+    asked.until(0.07)
     assert (asked.names, len(asked.pings)) == (["w1"], 0)
     asked.until(0.02)
     assert (asked.names, len(asked.pings)) == (["w1"], 1)
-    asked.until(0.15)
+    asked.until(0.22)
     assert len(asked.names) == 2
     assert names(view.trusted()) == ["w0", "w2", "w3"]
     asked.until(0.31)
@@ -197,6 +197,20 @@ def test_a_worker_that_answers_pings_is_at_work_and_is_waited_for():
         asked.read.alive(asked.pings[-1], clock())
     assert asked.names == ["w1"]
     assert len(asked.pings) == 20
+
+
+def test_a_late_sign_of_life_ends_a_doubt_that_silence_made_and_no_other():
+    clock = Clock()
+    view = known(clock, answer(*map(member, NAMES)))
+    asked = Asked(view, clock)
+    asked.until(0.31)
+    assert names(view.trusted()) == ["w0", "w2", "w3"]
+    asked.read.alive(asked.pings[0], clock())
+    assert names(view.trusted()) == list(NAMES)
+    asked.read.failed(asked.attempts[0], DataUnavailableError("its storage hangs"))
+    assert names(view.trusted()) == ["w0", "w2", "w3"]
+    asked.read.alive(asked.pings[0], clock())
+    assert names(view.trusted()) == ["w0", "w2", "w3"]
 
 
 def test_failures_go_round_and_end_when_nobody_answered_in_time():
