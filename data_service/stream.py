@@ -36,7 +36,7 @@ from data_service.ticket import (
 __all__ = ["Stream"]
 
 _OWNER_TOKENS = 1 << 21
-"""Tokens that a range asks of one owner: two messages of 1 MiB."""
+"""Tokens that a range asks of one owner: four messages of 1 MiB, which a worker gathers at once."""
 _RANGES_AHEAD = 4
 _MAX_READS = 32
 _PAUSE_S = 0.1
