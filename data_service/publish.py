@@ -27,7 +27,7 @@ from data_service.manifest import (
 from data_service.plan import MAX_PARTS
 from data_service.shard_writer import PartShards, shard_path
 from data_service.shards import ShardEntry, ShardIndex, checksum, encode_index_page, shard_file
-from data_service.spool import Spool, rejects_file
+from data_service.spool import FileSpool, Spool, rejects_file
 from data_service.stages import Encoded, Job, TokenizerPlace
 
 __all__ = ["Assembly", "assemble", "move_into_place"]
@@ -187,9 +187,11 @@ def _counts(
 ) -> list[SourceCounts]:
     """What this generation counts of each of its sources."""
     dropped = duplicates.by_file
+    by_source: dict[str, list[FileSpool]] = {source: [] for source in job.sources}
+    for file in spool.files:
+        by_source[file.source].append(file)
     counts = []
-    for source in job.sources:
-        files = [file for file in spool.files if file.source == source]
+    for source, files in by_source.items():
         reasons: Counter[str] = Counter()
         for file in files:
             reasons.update(file.reject_reasons)

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_service import storage
 from data_service.chat import ChatTemplate, messages_of
-from data_service.chunks import chunk_uri, read_texts
+from data_service.chunks import Chunk, chunk_uri, read_texts
 from data_service.config import DataConfig
 from data_service.counts import SplitCounts
 from data_service.dedupe import Duplicates, find_duplicates, kept_of
@@ -28,6 +28,7 @@ from data_service.progress import PrepareProgress, PrepareStage, Report
 from data_service.shard_writer import PartItem, PartShards, write_part
 from data_service.spool import (
     ChatCheck,
+    FileSpool,
     ReadItem,
     Spool,
     check_spool,
@@ -154,13 +155,17 @@ def read_all(job: Job) -> Spool:
         )
         for number, one in enumerate(job.files)
     ]
-    spool = Spool(())
+    files: list[FileSpool] = []
     done, total = 0, sum(one.num_bytes for one in job.files)
-    job.tell("read", done, total, spool)
+    records = rejects = 0
+    job.report(PrepareProgress("read", 0, total, 0, 0))
     for one, file in zip(job.files, job.mapper(read_file, items), strict=True):
-        spool = Spool((*spool.files, file))
+        files.append(file)
         done += one.num_bytes
-        job.tell("read", done, total, spool)
+        records += file.num_records
+        rejects += sum(file.reject_reasons.values())
+        job.report(PrepareProgress("read", done, total, records, rejects))
+    spool = Spool(tuple(files))
     write_rejects(job.work_uri, spool, job.generation)
     rejects_uri = storage.join(job.dataset_uri, rejects_file(job.generation))
     check_spool(config, spool, [one.file.uri for one in job.files], rejects_uri)
@@ -360,23 +365,26 @@ def write_all(job: Job, spool: Spool, encoded: Encoded, labels: tuple[str, ...])
     config = job.config
     row_tokens = 0 if config.rows == "stream" else config.seq_len + 1
     tokens = {key: one.tokens for key, one in encoded.counts.items()}
+    configs = {one.file.name: one.file.source for one in job.files}
+    chunks: dict[str, list[Chunk]] = {source: [] for source in job.sources}
+    for chunk in spool.chunks:
+        chunks[job.files[chunk.file].file.name].append(chunk)
     items: dict[tuple[str, str], PartItem] = {}
     for split in SPLITS:
         for number, source in enumerate(job.sources):
             if not tokens[split, source]:
                 continue
-            of_source = next(one.file.source for one in job.files if one.file.name == source)
-            has_label = config.rows == "document" and of_source.label is not None
+            has_label = config.rows == "document" and configs[source].label is not None
             items[split, source] = PartItem(
                 work_uri=job.work_uri,
                 split=split,
                 source=number,
-                chunks=tuple(c for c in spool.chunks if job.files[c.file].file.name == source),
+                chunks=tuple(chunks[source]),
                 rows=config.rows,
                 row_tokens=row_tokens,
                 shard_tokens=config.shard_tokens,
                 shard_rows=max(1, config.shard_tokens // row_tokens) if row_tokens else 0,
-                truncate=has_label or of_source.messages is not None,
+                truncate=has_label or configs[source].messages is not None,
                 with_answers=job.loss_masks,
                 with_labels=bool(labels),
             )
