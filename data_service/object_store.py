@@ -237,6 +237,10 @@ def _refusal(what: str, error: BaseException) -> ConfigError | None:
     return ConfigError(f"{what}: {str(error).rstrip('.') or kind}. {fix}.")
 
 
+def _words(error: BaseException) -> str:
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+
+
 def retry(what: str, action: Callable[[], ResultT]) -> ResultT:
     """Run a remote action until it succeeds, a few times at most, with jittered waits that grow.
 
@@ -260,8 +264,9 @@ def retry(what: str, action: Callable[[], ResultT]) -> ResultT:
             wait_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)) * (0.5 + random.random())
             if attempt >= limit or time.monotonic() + wait_s > began + _GIVE_UP_S:
                 times = "once" if attempt == 1 else f"{attempt} times, at last"
-                raise OSError(f"{what} failed {times} with {type(error).__name__}: {error}") from error
-            _LOG.warning("%s failed (attempt %d of %d), again in %.1f s: %s", what, attempt, limit, wait_s, error)
+                raise OSError(f"{what} failed {times} with {type(error).__name__}: {_words(error)}") from error
+            cause = _words(error)
+            _LOG.warning("%s failed (attempt %d of %d), again in %.1f s: %s", what, attempt, limit, wait_s, cause)
             time.sleep(wait_s)
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
+from data_service.conditional_put import check_conditional_put, put_new
 from data_service.errors import ConfigError
 from data_service.object_store import call, configure_s3, fetch, filesystem, is_s3, open_remote, retry, s3_environment
 
@@ -199,10 +200,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def check_commits(uri: str) -> None:
-    """Check that `put_if_absent` can work at this place, as far as its URI tells.
+    """Check that `put_if_absent` can work below this folder: by the URI, and on S3 by trying it once in each bucket.
 
     Raises:
-        ConfigError: for a remote store that is not known to let exactly one of several writers win.
+        ConfigError: for a remote store that is not known to let exactly one of several writers win, or does not.
     """
     protocol = uri.partition("://")[0]
     if not is_local(uri) and protocol not in _COMMIT_PROTOCOLS:
@@ -210,6 +211,8 @@ def check_commits(uri: str) -> None:
             f"{uri}: manifests were to be published there, and {protocol}:// is not known to refuse a second writer of "
             "one file. Use s3:// or a folder."
         )
+    if is_s3(uri):
+        check_conditional_put(uri)
 
 
 def _file_system(path: Path) -> str:
@@ -238,7 +241,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
         ConfigError: where exactly one winner cannot be promised: a local file system without hard links, or a remote
             store that `check_commits` refuses.
     """
-    check_commits(uri)
+    check_commits(uri.rpartition("/")[0] or uri)
     if is_local(uri):
         path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,28 +266,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
-    fs, remote_path = filesystem(uri)
-    writer = uuid.uuid4().hex
-    mark = {"Metadata": {"writer": writer}} if is_s3(uri) else {}
-
-    def put() -> None:
-        try:
-            call(fs, "pipe_file", remote_path, data, mode="create", num_bytes=len(data), **mark)
-        except OSError as error:
-            # Stores differ in what they say beside the code; some leave out which condition failed.
-            if "PreconditionFailed" in repr(error) or "PreconditionFailed" in repr(error.__cause__):
-                raise FileExistsError(f"{uri} is there already.") from error
-            raise
-
-    try:
-        retry(f"writing {uri}", put)
-    except FileExistsError:
-        # An earlier attempt may have arrived although its answer did not; aiohttp makes one by itself when a connection
-        # that it used before is gone (3.14). What others wrote may be the same bytes, so the object says who wrote it.
-        return (
-            is_s3(uri) and retry(f"looking at {uri}", lambda: call(fs, "metadata", remote_path)).get("writer") == writer
-        )
-    return True
+    return put_new(uri, data)
 
 
 def list_names(uri: str) -> list[str]:

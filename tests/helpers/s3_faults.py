@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["slow down", "error", "reset", "stall", "drip", "truncate", "short", "corrupt", "swallow"]
+Kind = Literal[
+    "slow down", "error", "reset", "stall", "drip", "truncate", "short", "corrupt", "swallow", "no condition"
+]
 """slow down: 503; error: 500; reset: no answer; stall: half of the body and then silence; drip: a byte now and then;
 truncate: the connection ends after half of the body; short: half of the body, and headers that say so; corrupt: one
-byte is another; swallow: the server does as asked, the answer is lost."""
+byte is another; swallow: the server does as asked, the answer is lost; no condition: a put that
+was refused by its condition is said to be done."""
 
 _SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
@@ -153,6 +156,9 @@ class _Handler(BaseHTTPRequestHandler):
             length = int(answer.getheader("Content-Length") or 0) if self.command == "HEAD" else len(data)
         if kind == "swallow":
             self._drop()
+            return
+        if kind == "no condition" and answer.status == 412:
+            self._answer(200, {"ETag": '"written"'}, b"")
             return
         if kind == "corrupt" and data:
             data = data[:-1] + bytes([data[-1] ^ 1])

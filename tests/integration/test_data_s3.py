@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data_service import object_store, storage
+from data_service import conditional_put, object_store, storage
 from data_service.config import SourceConfig
 from data_service.errors import ConfigError, SourceError
 from data_service.readers import Record, find_files, fingerprint, read_records
@@ -83,6 +83,20 @@ def test_a_write_whose_answer_was_lost_is_known_as_ones_own(root, proxy):
     proxy.faults = [Fault("reset", "manifest.json", "PUT")]
     assert not storage.put_if_absent(f"{root}/manifest.json", b"another's")
     assert storage.read_bytes(f"{root}/manifest.json") == b"mine"
+
+
+def test_a_store_that_ignores_the_condition_takes_no_commits(root, proxy, monkeypatch):
+    monkeypatch.setattr(conditional_put, "_checked", set())
+    proxy.faults = [Fault("no condition", "", "PUT", times=-1)]
+    for commit in (lambda: storage.check_commits(root), lambda: storage.put_if_absent(f"{root}/manifest.json", b"x")):
+        with pytest.raises(ConfigError, match=rf"{root}: .* second writer replace .* Use a store that honours it"):
+            commit()
+    assert storage.list_tree(root) == []
+    proxy.clear()
+    storage.check_commits(root)
+    storage.check_commits(f"{root}/other")  # known by now
+    assert len(proxy.asked("PUT", "check-")) == 2
+    assert storage.list_tree(root) == []
 
 
 def test_long_files_come_in_pieces_of_one_version(root, proxy, monkeypatch):
@@ -166,14 +180,14 @@ def test_what_stays_broken_ends_after_a_few_tries_of_one_layer(root, proxy, kind
 
 
 def test_no_attempt_begins_after_the_time_for_all(root, proxy, monkeypatch):
-    monkeypatch.setattr(object_store, "_GIVE_UP_S", 1.5)
+    monkeypatch.setattr(object_store, "_GIVE_UP_S", 2.5)
     uri = f"{root}/file"
     storage.write_bytes(uri, DATA)
     proxy.faults = [Fault("stall", "file", times=-1)]
     began = time.monotonic()
-    with pytest.raises(OSError, match="failed 2 times"):
+    with pytest.raises(OSError, match="failed (once|[23] times, at last) with .*Timeout"):
         storage.read_bytes(uri)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("kind", ["slow down", "error", "reset", "swallow"])
