@@ -225,18 +225,19 @@ class RangeArrays:
         if len(self._start_rows) > 1:
             order = np.argsort(rows, kind="stable")
             rows, places = rows[order], places[order]
-        cuts = np.searchsorted(rows, np.arange(0, self._length.size + 1, count))
+        cuts = np.searchsorted(rows, np.arange(0, self._length.size + 1, count)).tolist()
+        start_rows = (rows % count).astype(np.uint32)
         found = []
         for number in range(self._length.size // count):
             part = slice(number * count, (number + 1) * count)
-            begins = slice(int(cuts[number]), int(cuts[number + 1]))
+            begins = slice(cuts[number], cuts[number + 1])
             found.append(
                 BatchSlice(
                     index=self._first + number,
                     slots=self._slots,
                     tokens=tokens[part],
                     length=self._length[part],
-                    start_rows=(rows[begins] - number * count).astype(np.uint32),
+                    start_rows=start_rows[begins],
                     start_places=places[begins],
                     isolate_documents=plan.isolate_documents,
                     answer_bits=None if self._bits is None else self._bits[part],

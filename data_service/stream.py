@@ -87,7 +87,7 @@ class Stream:
         )
         self._credits = threading.Lock()
         self._free = access.run_ahead
-        self._starved = False
+        self._starved_of = 0
         self._closing = threading.Event()
         self._ranges: deque[_Range] = deque()
         self._pieces: deque[_Piece] = deque()
@@ -117,8 +117,10 @@ class Stream:
             raise item
         with self._credits:
             self._free += 1
-            starved, self._starved = self._starved, False
-        if starved:
+            enough = 0 < self._starved_of <= self._free
+            if enough:
+                self._starved_of = 0
+        if enough:
             self._events.put(None)
         return item
 
@@ -167,7 +169,7 @@ class Stream:
         count = min(max(1, wanted), most, self._stop - self._next)
         with self._credits:
             if self._free < count:
-                self._starved = True
+                self._starved_of = count
                 return False
             self._free -= count
         # The first batch is to come soon, so a stream begins with a short range.
