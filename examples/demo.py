@@ -50,11 +50,12 @@ def main() -> int:
         serving = story.wait_for("serving")
         beaten = report(config, killed, recovered)
         pieces = list(ask(serving["url"], config.run.name))
+        whole = ask_at_once(serving["url"], config.run.name)
     finally:
         end(process)
     text = "".join(pieces)
-    if not text or "\ufffd" in text:
-        say(f"the answer is not clean text: {text!r}")
+    if not text or text != whole:
+        say(f"the answer in pieces is not the one at once: {text!r}, {whole!r}")
         return 1
     if not beaten:
         say("the model is not better than the bigram model: this run is not what the README promises")
@@ -162,12 +163,23 @@ def report(config: RunConfig, killed: dict[str, Any], recovered: dict[str, Any])
     return bool(last["perplexity"] < bigram)
 
 
-def ask(url: str, model: str) -> Iterator[str]:
-    """Stream a completion of the prompt and print it as it comes."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0.7, "seed": 1, "stream": True}
-    request = urllib.request.Request(
+def request_of(url: str, model: str, *, stream: bool) -> urllib.request.Request:
+    """Go on from the prompt, with the same choices every time."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 60, "temperature": 0.7, "seed": 2, "stream": stream}
+    return urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+
+
+def ask_at_once(url: str, model: str) -> str:
+    """The same completion in one answer."""
+    with urllib.request.urlopen(request_of(url, model, stream=False), timeout=60) as response:
+        return str(json.load(response)["choices"][0]["text"])
+
+
+def ask(url: str, model: str) -> Iterator[str]:
+    """Stream a completion of the prompt and print it as it comes."""
+    request = request_of(url, model, stream=True)
     say(f"asked: {PROMPT}")
     print(PROMPT, end="", flush=True)
     with urllib.request.urlopen(request, timeout=60) as response:
