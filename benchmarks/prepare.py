@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 from tokenizers import Tokenizer
 
-from benchmarks.corpus import build_corpus, cache_folder, salted
+from benchmarks.parts.corpus import build_corpus, cache_folder, salted
 from data_service.config import DataConfig, SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from data_service.manifest import read_manifest
 from data_service.mapping import ProcessMapper, num_cpus

