@@ -6,6 +6,7 @@ fixed at prepare begin where the shard's `row_offsets` say. No row leaves its sh
 Owns gathering. Refuses to know batches, ranks or the network.
 """
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -73,6 +74,7 @@ class ShardRows:
         self._index = index
         self._shards = shards
         self._layout: _Layout | None = None
+        self._gathering = threading.Lock()
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
         """The rows with these ids, in their order.
@@ -92,8 +94,22 @@ class ShardRows:
         cuts = np.flatnonzero(np.diff(in_order, prepend=-1))
         numbers = in_order[cuts].tolist()
         shards = self._shards.get([self._index.entry(plan.split, one) for one in numbers])
+        # One block at a time: several threads would only take the interpreter's lock from each other, call by call.
+        with self._gathering:
+            return self._gathered(plan, row_ids, shards, numbers, np.split(order, cuts[1:]), in_shard)
+
+    def _gathered(
+        self,
+        plan: Plan,
+        row_ids: npt.NDArray[np.uint64],
+        shards: Mapping[tuple[str, int], Shard],
+        numbers: list[int],
+        slots_of: list[_I64],
+        in_shard: _I64,
+    ) -> RowBlock:
+        """The rows, from shards that are here: `numbers`, each with the places in the block that it fills."""
         gathered = self._empty(plan, row_ids.size)
-        for one, slots in zip(numbers, np.split(order, cuts[1:]), strict=False):
+        for one, slots in zip(numbers, slots_of, strict=False):
             try:
                 self._gather(plan, shards[plan.split, one], slots, in_shard[slots], gathered)
             except IndexError as error:
@@ -101,7 +117,7 @@ class ShardRows:
                     f"{shard_file(plan.split, one)} holds fewer rows or tokens than the manifest says ({error}). "
                     "Prepare the dataset again into another folder."
                 ) from error
-        starts, offsets = _in_row_order(gathered, order)
+        starts, offsets = _in_row_order(gathered, np.concatenate([np.zeros(0, np.int64), *slots_of]))
         crcs = row_crcs(gathered.tokens, gathered.length, starts, offsets, gathered.answer_bits, gathered.labels)
         return RowBlock(
             row_id=row_ids,
