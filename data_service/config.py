@@ -273,6 +273,11 @@ class DataConfig(Section):
 
 
 def default_source_name(path: str) -> str:
-    """The last part of a path without suffixes and wildcards: `s3://b/zh-*.jsonl.gz` is `zh`."""
-    stem = path.rstrip("/").rpartition("/")[2].partition(".")[0].strip("*?-_ ")
-    return stem or "source"
+    """The last part of a path that holds more than wildcards, without suffixes.
+
+    `s3://b/zh-*.jsonl.gz` is `zh`, `corpora/en/*.txt` is `en`.
+    """
+    for part in reversed(path.partition("://")[2].split("/") if "://" in path else path.split("/")):
+        if stem := part.partition(".")[0].strip("*?-_ "):
+            return stem
+    return "source"

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from cluster.config import RunConfig, dump_yaml, load_config
+from data_service.config import default_source_name
 from data_service.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -272,3 +273,17 @@ def test_a_run_cannot_be_changed_and_its_error_travels(tmp_path: Path) -> None:
     error = ConfigError("train.steps=0: too few")
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), again.exit_code) == (ConfigError, str(error), 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("s3://bucket/zh-*.jsonl.gz", "zh"),
+        ("corpora/en/*.jsonl", "en"),
+        ("/data/reviews.csv", "reviews"),
+        ("corpora/en/", "en"),
+        ("*.csv", "source"),
+    ],
+)
+def test_a_source_is_named_after_the_last_part_of_its_path_that_says_something(path, name):
+    assert default_source_name(path) == name
