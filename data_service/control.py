@@ -27,6 +27,7 @@ from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.bearer import BearerToken
 from data_service.errors import ConfigError
+from data_service.health import BoundedHealth
 from data_service.manifest import SPLITS, DatasetManifest, read_manifest
 from data_service.membership import HEARTBEAT_S, Membership
 from data_service.metrics import ControlMetrics, MetricsServer, WorkerCounters
@@ -40,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 MAX_ORDER_BYTES = 65_536
 _MAX_MESSAGE_BYTES = 1 << 18
 _MAX_CALLS = 4096
-"""Calls at one time, watched health included; more are refused."""
+"""Calls at one time; more are refused. Watched health is bounded by `health.MAX_WATCHES`: grpcio does not count it."""
 _MAX_PLANS = 64
 _HEALTH_EVERY_S = 0.5
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
@@ -219,7 +220,7 @@ class ControlServer:
         self._metrics_port = metrics_port
         self._server: Any = None
         self._pool: ThreadPoolExecutor | None = None
-        self._health = health.HealthServicer()
+        self._health = BoundedHealth()
         self._stopping = threading.Event()
         self._watch: threading.Thread | None = None
         self._metrics_server: MetricsServer | None = None
@@ -237,6 +238,7 @@ class ControlServer:
             OSError: when a port is taken.
         """
         manifest = read_manifest(self._dataset_uri, self._dataset_digest)
+        self._health, self._stopping = BoundedHealth(), threading.Event()  # a start that failed has ended those it had
         membership = Membership()
 
         def count() -> tuple[int, int]:
@@ -266,19 +268,10 @@ class ControlServer:
         for name in ("", _SERVICE):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._health.set(WORKERS_HEALTH, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._watch = threading.Thread(target=self._tell_health, args=(count,), name="data-health", daemon=True)
+        told = (count, self._health, self._stopping)
+        self._watch = threading.Thread(target=_tell_health, args=told, name="data-health", daemon=True)
         self._watch.start()
         return f"{self._host}:{port}"
-
-    def _tell_health(self, count: Callable[[], tuple[int, int]]) -> None:
-        """Set the workers' health when it changes."""
-        before = False
-        while not self._stopping.wait(_HEALTH_EVERY_S):
-            now = count()[0] > 0
-            if now != before:
-                status = health_pb2.HealthCheckResponse
-                self._health.set(WORKERS_HEALTH, status.SERVING if now else status.NOT_SERVING)
-                before = now
 
     def stop(self) -> None:
         """Stop serving; calls in flight get half a second. May be called again."""
@@ -296,3 +289,14 @@ class ControlServer:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
             self._pool = None
+
+
+def _tell_health(count: Callable[[], tuple[int, int]], told: BoundedHealth, stopping: threading.Event) -> None:
+    """Set the workers' health when it changes."""
+    before = False
+    while not stopping.wait(_HEALTH_EVERY_S):
+        now = count()[0] > 0
+        if now != before:
+            status = health_pb2.HealthCheckResponse
+            told.set(WORKERS_HEALTH, status.SERVING if now else status.NOT_SERVING)
+            before = now

@@ -16,13 +16,17 @@
 Owns names and meaning, and the HTTP endpoint. Refuses to answer a scrape without the token.
 """
 
+import contextlib
 import errno
 import logging
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -36,6 +40,9 @@ __all__ = ["ControlMetrics", "MetricsServer", "WorkerCounters", "WorkerMetrics"]
 _LOG = logging.getLogger(__name__)
 _ANSWER_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 _REQUEST_TIMEOUT_S = 5.0
+"""A scrape takes no longer than this; then its connection is cut."""
+_MAX_SCRAPES = 16
+"""Connections at one time; more are closed at once."""
 
 
 @dataclass
@@ -157,18 +164,48 @@ class ControlMetrics(Collector):
 
 
 class _HttpServer(ThreadingHTTPServer):
-    """Answers scrapes in threads that end with the process."""
+    """Answers scrapes, few at a time and none for long, in threads that end with the process."""
 
     daemon_threads = True
+    request_queue_size = 2 * _MAX_SCRAPES
 
     def __init__(self, address: tuple[str, int], registry: CollectorRegistry, token: BearerToken) -> None:
         self.registry, self.token = registry, token
+        self._open: dict[socket.socket, float] = {}
+        """Connections that are answered, and when they came on the monotonic clock."""
+        self._open_lock = threading.Lock()
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
         """Bind without looking the host's name up, which the base class does and may take long."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for one more; else the base class closes it."""
+        with self._open_lock:
+            if len(self._open) >= _MAX_SCRAPES:
+                return False
+            self._open[request] = time.monotonic()
+        return True
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection, and make room for another."""
+        with self._open_lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Cut connections that take too long, which the timeout of a single read would let drip for ever."""
+        with self._open_lock:
+            for request, since in self._open.items():
+                if time.monotonic() - since > _REQUEST_TIMEOUT_S:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that went away or was cut is no news; what else goes wrong in a scrape is logged."""
+        _LOG.debug("a scrape from %s failed", client_address, exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
