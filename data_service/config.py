@@ -154,7 +154,7 @@ class DataServiceConfig(Section):
     address: tuple[str, ...] = ()
     """`host:port` of control planes of a service that runs already (`python -m data_service control`); empty starts
     one for the run. Its token comes from the environment variable STORMJIB_DATA_TOKEN."""
-    workers: int = Field(2, ge=1, le=1024)
+    workers: int = Field(2, ge=1, le=256)
     """Data workers, spread over the nodes."""
     run_ahead: int = Field(4, ge=1, le=1024)
     """Global batches that a rank may hold before it has consumed them."""
@@ -217,7 +217,7 @@ class DataConfig(Section):
     """Tolerance for bad records."""
     shard_tokens: int = Field(4 * 2**20, ge=1024, le=2**30)
     """Tokens in a shard file; only the last of a source's preparation is shorter."""
-    shuffle_window_shards: int = Field(16, ge=1)
+    shuffle_window_shards: int = Field(16, ge=1, lt=2**20)
     """Rows are shuffled inside windows of this many shards."""
     service: DataServiceConfig = DataServiceConfig()
     """The streaming service."""

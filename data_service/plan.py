@@ -51,6 +51,13 @@ MAX_PLAN_BYTES = 2**17
 """Of its JSON: a plan travels in every ticket."""
 PART_SHIFT = 48
 _MIN_TEMPERATURE, _MAX_TEMPERATURE, _MAX_WEIGHT = 0.01, 1e6, 1e9
+_BOUNDS = {
+    "seed": (0, 2**63),
+    "seq_len": (1, 2**24),
+    "global_batch": (1, 2**31),
+    "window_shards": (1, 2**20),
+}
+"""[least, one above the most) of what a run chooses; the configuration has these bounds or closer ones."""
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -85,11 +92,9 @@ class OrderSpec:
         Raises:
             ValueError: for a number out of range, or a source that is named twice.
         """
-        if min(self.seq_len, self.global_batch, self.window_shards) < 1:
-            raise ValueError(
-                f"order: seq_len={self.seq_len}, global_batch={self.global_batch} and window_shards="
-                f"{self.window_shards} must be at least 1."
-            )
+        for name, (low, high) in _BOUNDS.items():
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"order: {name}={getattr(self, name)} is not in [{low}, {high}).")
         if not _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE:
             raise ValueError(f"order: temperature={self.temperature} is not in 0.01 … 1e6.")
         for first, weights in self.weights:
@@ -205,10 +210,7 @@ class Plan:
                 "would differ. Use the release that started the run."
             )
         bounds = {
-            "seed": (self.seed, 0, 2**63),
-            "seq_len": (self.seq_len, 1, 2**24),
-            "global_batch": (self.global_batch, 1, 2**31),
-            "window_shards": (self.window_shards, 1, 2**20),
+            **{name: (getattr(self, name), low, high) for name, (low, high) in _BOUNDS.items()},
             "num_labels": (self.num_labels, 0, 2**20),
             "parts": (len(self.parts), 1, MAX_PARTS + 1),
             "segments": (len(self.segments), 1, MAX_SEGMENTS + 1),

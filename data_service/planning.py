@@ -5,6 +5,8 @@ Owns how many rows a part has, and how weights become integers. Refuses to know 
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 from data_service.errors import ConfigError, CursorMismatchError
 from data_service.manifest import DatasetManifest, PartInfo
 from data_service.plan import MAX_PLAN_BYTES, PLAN_VERSION, OrderSpec, Plan, PlanPart, Segment, Split
@@ -18,7 +20,8 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
     """The plan of a split of a prepared dataset.
 
     Raises:
-        ConfigError: when the split holds no row, rows were prepared for another length, or weights name other sources.
+        ConfigError: when the split holds no row, rows were prepared for another length, weights name other sources, or
+            there are more parts, rows or shards than a plan can hold.
     """
     if manifest.row_tokens and manifest.row_tokens != spec.seq_len + 1:
         raise ConfigError(
@@ -32,23 +35,30 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
             + ("Set data.split.eval above 0 and prepare again." if split == "eval" else "Add text to data.sources.")
         )
     shuffled = split == "train"
-    plan = Plan(
-        version=PLAN_VERSION,
-        dataset_digest=manifest.digest,
-        split=split,
-        rows=manifest.rows,
-        seed=spec.seed,
-        seq_len=spec.seq_len,
-        global_batch=spec.global_batch,
-        window_shards=spec.window_shards,
-        shuffle=shuffled,
-        isolate_documents=spec.isolate_documents,
-        loss_masks=manifest.loss_masks,
-        num_labels=_num_labels(manifest),
-        parts=parts,
-        segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
-        skip=_joined(spec.skip) if shuffled else (),
-    )
+    try:
+        plan = Plan(
+            version=PLAN_VERSION,
+            dataset_digest=manifest.digest,
+            split=split,
+            rows=manifest.rows,
+            seed=spec.seed,
+            seq_len=spec.seq_len,
+            global_batch=spec.global_batch,
+            window_shards=spec.window_shards,
+            shuffle=shuffled,
+            isolate_documents=spec.isolate_documents,
+            loss_masks=manifest.loss_masks,
+            num_labels=_num_labels(manifest),
+            parts=parts,
+            segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
+            skip=_joined(spec.skip) if shuffled else (),
+        )
+    except ValidationError as error:
+        raise ConfigError(
+            f"dataset {manifest.digest} cannot be put in this order: {error.errors()[0]['msg']} Change what is "
+            "named there; for fewer parts name fewer data.sources, or prepare all files at once into another "
+            "data.dataset; for fewer shards raise data.shard_tokens."
+        ) from error
     if len(plan.to_json()) > MAX_PLAN_BYTES:
         raise ConfigError(
             f"the plan of {len(parts)} parts (sources times the preparations that added files) with "

@@ -147,7 +147,7 @@ class TrainConfig(Section):
     """`auto` takes CUDA where the slots have GPUs."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` is bf16 on GPUs and fp32 on CPUs; with bf16 masters and accumulation stay fp32."""
-    global_batch: int = Field(32, ge=1)
+    global_batch: int = Field(32, ge=1, lt=2**31)
     """Rows per optimizer step, on every mesh."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows per forward pass of a rank; `auto` keeps a pipeline full and a micro-batch at 8 rows or fewer."""

@@ -47,9 +47,10 @@ HOMES = {
         "data_service.connections",
         "data_service.control",
         "data_service.control_pb2_grpc",
+        "data_service.health",
         "data_service.heartbeat",
     ),
-    "grpc_health": ("data_service.control",),
+    "grpc_health": ("data_service.control", "data_service.health"),
     "grpc_reflection": ("data_service.control",),
 }
 """The modules that may import a library with a life of its own; the rest of the product runs without it."""
