@@ -243,7 +243,7 @@ def test_paths_resolve_against_the_file_and_uris_stay(tmp_path: Path) -> None:
         f"{tmp_path}/zh",
         f"{tmp_path}/en/*.jsonl.gz",
     ]
-    assert config.data.source_names == ("x", "zh", "source")
+    assert config.data.source_names == ("x", "zh", "en")
     assert config.data.chat_template == f"{tmp_path}/chat.jinja"
     assert config.data.service.cache_dir == f"{tmp_path}/shards"
     assert config.dataset_uri == "s3://b/dataset"
