@@ -35,7 +35,7 @@ _COMMANDS: dict[str, str] = {
     "data": "tell what a dataset holds, or show the rows of a step",
     "generate": "complete a prompt with a model folder or a run",
     "export": "write a checkpoint as a Hugging Face folder",
-    "checkpoint": "list checkpoints",
+    "checkpoint": "list checkpoints, or go back to an older one",
     "status": "tell where a run stands",
     "logs": "print the log of a run's ranks",
     "stop": "ask a run to write a checkpoint and end",

@@ -35,6 +35,7 @@ class Event(StrEnum):
     RECOVERED = "recovered"  # lost_step, resume_step, step, seconds, phases: {stop_s, place_s, start_s, step_s}
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, bytes, write_s
     CHECKPOINT_SKIPPED = "checkpoint_skipped"  # step, reason
+    CHECKPOINTS_SET_ASIDE = "checkpoints_set_aside"  # step: the newest that is left, set_aside: steps
     EXPORTED = "exported"  # step, uri, digest
     SERVING = "serving"  # url, step
     STOP_REQUESTED = "stop_requested"

@@ -17,7 +17,7 @@ from data_service.config import DataConfig
 from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.manifest import DatasetManifest, read_manifest, read_manifests
-from data_service.plan import OrderSpec, Plan
+from data_service.plan import PLAN_VERSION, OrderSpec, Plan
 from data_service.planning import make_plan
 from trainer import manifest as checkpoints
 from trainer.errors import CheckpointError
@@ -161,9 +161,34 @@ def check_cursor(config: RunConfig, dataset: DatasetManifest, state: TrainState)
         raise ConfigError(
             f"the checkpoint of step {state.step} in {config.root} has consumed its {state.consumed_batches} global "
             "batches in another order than this configuration's:\n"
-            + "\n".join(f"  {line}" for line in _differences(config, dataset, state))
-            + "\nSet the values back, or give this run another run.name. Nothing was changed."
+            + "\n".join(f"  {line}" for line in _told_differences(config, dataset, state))
+            + f"\nSet the values back, {_way_back(config, plan, state)}or give this run another run.name. Nothing was "
+            "changed."
         ) from error
+
+
+def _told_differences(config: RunConfig, dataset: DatasetManifest, state: TrainState) -> list[str]:
+    """What differs by key; where nothing does, the release must."""
+    then = ", ".join(f"{name} {version}" for name, version in sorted(state.versions.items()))
+    return list(_differences(config, dataset, state)) or [
+        f"the order itself: no key differs, and this release makes plans of version {PLAN_VERSION}. Another release "
+        f"wrote the checkpoint (with {then or 'packages that it does not name'}); go on with that one"
+    ]
+
+
+def _way_back(config: RunConfig, plan: Plan, newest: TrainState) -> str:
+    """How to go back to the newest checkpoint that this configuration's plan fits; empty where none does."""
+    uri = RunFolder(config.root).checkpoints_uri
+    for step in reversed(checkpoints.list_complete(uri)):
+        if step >= newest.step:
+            continue
+        try:
+            state = checkpoints.read_manifest(uri, step).state
+            Cursor(state.plan_digest, state.consumed_batches).check(plan)
+        except (CheckpointError, CursorMismatchError):
+            continue
+        return f"or go back to step {step} with `stormjib checkpoint drop FILE --after {step}`, "
+    return ""
 
 
 def _named_generation(config: RunConfig, state: TrainState) -> DatasetManifest:

@@ -1,26 +1,39 @@
-"""`stormjib checkpoint list FILE`: the committed checkpoints of a run."""
+"""`stormjib checkpoint list FILE`: the committed checkpoints of a run; `checkpoint drop FILE --after N`: go back."""
 
 import argparse
 import json
 
 from cluster.commands.arguments import add_run_file, config_of
+from cluster.config import RunConfig
 from cluster.run_store import RunFolder
+from data_service.errors import ConfigError
 
 __all__ = ["add_arguments", "execute"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The action, FILE, overrides and --json."""
-    parser.add_argument("action", choices=["list"], help="list: committed checkpoints, oldest first")
+    """The action, FILE, overrides, --json and --after."""
+    parser.add_argument(
+        "action",
+        choices=["list", "drop"],
+        help="list: committed checkpoints, oldest first; drop: move those behind step N to checkpoints/superseded, so "
+        "that the run goes on from an older one",
+    )
     add_run_file(parser)
+    parser.add_argument("--after", type=int, metavar="N", help="with drop: the newest step to keep")
     parser.add_argument("--json", action="store_true", help="a JSON array instead of text")
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Print the checkpoints."""
+    """Print the checkpoints, or move the newest aside."""
+    config = config_of(arguments)
+    if arguments.action == "drop":
+        return _drop(config, arguments.after)
+    if arguments.after is not None:
+        raise ConfigError("checkpoint list --after: only `checkpoint drop` takes a step. Leave it out.")
     from trainer import manifest
 
-    folder = RunFolder(config_of(arguments).root)
+    folder = RunFolder(config.root)
     losses = {step: values["loss"] for step, values in folder.history().evals.items()}
     rows = []
     for step in manifest.list_complete(folder.checkpoints_uri):
@@ -45,4 +58,16 @@ def execute(arguments: argparse.Namespace) -> int:
         print(f"step {row['step']:>8}  dp {row['dp']} x pp {row['pp']}  {size}  {loss}")
     if not rows:
         print(f"{folder.checkpoints_uri}: no committed checkpoint")
+    return 0
+
+
+def _drop(config: RunConfig, after: int | None) -> int:
+    """Set the checkpoints behind a step aside."""
+    from cluster.rewind import rewind
+
+    if after is None:
+        raise ConfigError("checkpoint drop: which step is the newest to keep? Add --after N.")
+    step, moved = rewind(config, after)
+    told = f"steps {', '.join(map(str, moved))} were moved to {RunFolder(config.root).checkpoints_uri}/superseded"
+    print(f"{told if moved else 'no checkpoint lies behind it'}; the run goes on from step {step}")
     return 0

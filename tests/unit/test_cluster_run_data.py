@@ -180,6 +180,16 @@ def test_a_configuration_of_another_release_is_no_traceback(config: RunConfig, t
         check_resume(config_in(tmp_path, "run.seed=9"))
 
 
+def test_an_order_of_another_release_is_said_to_be_one(config: RunConfig, tmp_path: Path) -> None:
+    state = commit_step(config, dataset(), CONSUMED + 1)
+    uri = RunFolder(config.root).checkpoints_uri
+    step = state.step + 1
+    state = replace(state, step=step, plan_digest="ab" * 16, versions={"torch": "9.9"})
+    commit(uri, step, 1, write_parts(uri, step, 1, SHAPES, num_ranks=1), state)
+    with pytest.raises(ConfigError, match=r"no key differs, .* plans of version 2.*torch 9\.9"):
+        check_resume(config)
+
+
 def test_the_order_is_the_configurations(tmp_path: Path) -> None:
     order = order_of(config_in(tmp_path, "run.seed=5", "data.isolate_documents=true"))
     assert (order.seed, order.seq_len, order.global_batch, order.isolate_documents) == (5, 32, 8, True)
