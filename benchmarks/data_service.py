@@ -163,6 +163,7 @@ def main() -> None:
         print()
         egress = measure_egress(dataset)
         print(f"an epoch reads {egress['read_ratio']:.3f} of the dataset from the store with 3 workers and 4 trainers")
+        print(f"the controller's audit reads {egress['audit_ratio']:.3f} of it once more (data.service.audit)")
         print(f"bytes served are {egress['served_ratio']:.4f} of those consumed")
         failover = measure_failover(folder, options.events)
         for name, one in failover.items():

@@ -112,7 +112,10 @@ class Controller:
         if not config.data.service.audit:
             return None
         plan = train_plan(config, self._dataset)
-        return SampleAudit(config.dataset_uri, plan, self._dataset, config.data.service.cache_bytes)
+        service = config.data.service
+        return SampleAudit(
+            config.dataset_uri, plan, self._dataset, cache_bytes=service.cache_bytes, cache_dir=service.cache_dir
+        )
 
     def _start_data(self) -> None:
         config = self._config
@@ -148,6 +151,8 @@ class Controller:
         self._writer.next_attempt()
         if self._audit is not None:
             self._audit.forget()
+        if self._data is not None:
+            self._data.end_superseded()
         if self._loss is not None:
             self._loss.placed, self._loss.resume_step = time.monotonic(), resume or 0
         mesh = placement.mesh

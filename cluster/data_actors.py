@@ -93,6 +93,8 @@ class DataServiceHandle:
         self._control_address = ""
         self._failed_starts = 0
         self._workers: list[_Served] = []
+        self._superseded: list[_Served] = []
+        """Workers of a control plane whose address was lost; ranks of the attempt that runs still read from them."""
         self._pings: dict[Any, _Served] = {}
         self._asked = 0.0
 
@@ -114,7 +116,8 @@ class DataServiceHandle:
         """Replace what is gone; returns at once where a worker is left, while the others start beside it.
 
         A control plane that is gone is started at the same address, and the workers that are left register with it
-        again. Only where its port cannot be had any more is everything started anew, at a new address.
+        again. Only where its port cannot be had any more is everything started anew, at a new address; ranks that run
+        know the old workers alone, which serve them until `end_superseded`.
 
         Args:
             host_by_node: node id → address of the nodes that are left.
@@ -126,7 +129,9 @@ class DataServiceHandle:
         assert self._control is not None, "the service was started"
         if self._has_lost_its_port():
             _log.warning("the address %s of the data service cannot be had again", self._control_address)
-            self.stop()
+            _kill(self._control)
+            self._superseded += self._workers
+            self._workers, self._control = [], None
             return self.start()
         answered = self._answering([self._control, *self._workers])
         self._workers = [worker for worker in self._workers if worker in answered]
@@ -180,8 +185,15 @@ class DataServiceHandle:
                     described[-1]["metrics_address"] = metrics_address
         return described
 
+    def end_superseded(self) -> None:
+        """End workers that only ranks of an earlier attempt know; to be called between attempts."""
+        for served in self._superseded:
+            _kill(served)
+        self._superseded = []
+
     def stop(self) -> None:
         """End all actors of the service. May be called again."""
+        self.end_superseded()
         for served in [*self._workers, *([self._control] if self._control is not None else [])]:
             _kill(served)
         self._workers, self._control = [], None

@@ -3,6 +3,8 @@
 Ranks hash the rows that reached them. The audit reads the same rows from the shards, past workers, clients and the
 network, and compares. It works in a thread behind the run; a checkpoint is committed only when the audit has caught up
 with it, so that no checkpoint holds a step that was fed wrong rows.
+
+It shares no cache with the workers, whose disk may be what is wrong: shards of a remote dataset are read once more.
 """
 
 from collections import deque
@@ -15,6 +17,7 @@ from data_service.cache import ShardCache
 from data_service.errors import DataUnavailableError, DeliveryError
 from data_service.hashing import sample_hash
 from data_service.manifest import DatasetManifest
+from data_service.metrics import WorkerMetrics
 from data_service.order import rows_of_batch
 from data_service.plan import Plan
 from data_service.rows import ShardRows
@@ -35,7 +38,14 @@ class _Check:
 class SampleAudit:
     """Audits the steps of one plan."""
 
-    def __init__(self, dataset_uri: str, plan: Plan, manifest: DatasetManifest, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        dataset_uri: str,
+        plan: Plan,
+        manifest: DatasetManifest,
+        cache_bytes: int,
+        cache_dir: str | None = None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
@@ -43,17 +53,24 @@ class SampleAudit:
             plan: of the training rows.
             manifest: the generation of the dataset that the plan is of.
             cache_bytes: most bytes of shards to keep on this machine's disk, where the dataset is remote.
+            cache_dir: folder for them; by default below the temporary folder.
 
         Raises:
             ConfigError: when the folder for them cannot be used.
         """
         self._dataset_uri = dataset_uri
         self._plan = plan
-        self._cache = ShardCache(dataset_uri, cache_bytes=cache_bytes)
+        self._read = WorkerMetrics()
+        self._cache = ShardCache(dataset_uri, cache_dir=cache_dir, cache_bytes=cache_bytes, metrics=self._read)
         self._source = ShardRows(manifest, ShardIndex(dataset_uri, manifest), self._cache)
         self._rows_at_once = max(1, _TOKENS_AT_ONCE // (plan.seq_len + 1))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sample-audit")
         self._checks: deque[_Check] = deque()
+
+    @property
+    def num_read_bytes(self) -> int:
+        """Bytes of shards that were read from the dataset's store so far."""
+        return self._read.totals().bytes_read
 
     def expected(self, index: int) -> str:
         """The hash that step index `index` (0 is the first) must give, read from the shards.

@@ -1,4 +1,7 @@
-"""What an epoch reads from the object store, and what it serves: a real S3 server, three workers, four trainers."""
+"""What an epoch reads from the object store, and what it serves: a real S3 server, three workers, four trainers.
+
+The controller's audit, which reads the epoch for itself, is counted apart.
+"""
 
 import os
 import tempfile
@@ -12,9 +15,11 @@ import grpc
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service import storage
+from data_service.audit import SampleAudit
 from data_service.bearer import CHANNEL_OPTIONS, bearer_metadata
 from data_service.client import DataClient
 from data_service.plan import OrderSpec
+from data_service.planning import make_plan
 from data_service.schema import BatchSlice
 from tests.helpers.data_fleet import fleet
 from tests.helpers.data_runs import TOKEN
@@ -71,16 +76,31 @@ def measure_egress(local: WrittenDataset) -> dict[str, Any]:
             # Counters travel with the heartbeats, one a second.
             threading.Event().wait(2.5)
             workers = _stats(running.control_address)
+        audited = _audit_bytes(uri, local, order)
     read, served = sum(one.bytes_read for one in workers), sum(one.bytes_sent for one in workers)
     return {
         "dataset_bytes": shard_bytes,
         "read_bytes": read,
         "read_ratio": read / shard_bytes,
+        "audit_bytes": audited,
+        "audit_ratio": audited / shard_bytes,
         "shards_read": sum(one.shards_read for one in workers),
         "served_bytes": served,
         "consumed_bytes": sum(consumed),
         "served_ratio": served / sum(consumed),
     }
+
+
+def _audit_bytes(uri: str, local: WrittenDataset, order: OrderSpec) -> int:
+    """What the audit of the epoch's steps reads from the store."""
+    plan = make_plan(local.manifest, "train", order)
+    audit = SampleAudit(uri, plan, local.manifest, cache_bytes=8 << 30)
+    try:
+        for step in range(plan.num_rows // GLOBAL_BATCH):
+            audit.expected(step)
+        return audit.num_read_bytes
+    finally:
+        audit.close()
 
 
 def _stats(control: str) -> list[Any]:

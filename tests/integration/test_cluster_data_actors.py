@@ -5,6 +5,7 @@ import signal
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -13,7 +14,7 @@ from cluster.local_nodes import LocalCluster
 from cluster.ray_auth import shown_token
 from data_service.client import DataClient
 from data_service.config import DataServiceConfig
-from tests.helpers.data_runs import read_hashes, small_order
+from tests.helpers.data_runs import GLOBAL_BATCH, read_hashes, small_order
 from tests.helpers.waiting import until
 from tests.helpers.written_datasets import stream_dataset
 
@@ -66,6 +67,9 @@ def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(
                 client.close()
 
                 host, _, port = access.control[0].rpartition(":")
+                in_flight = DataClient(access)
+                reading = in_flight.stream("train", 0, 4, (0, GLOBAL_BATCH))
+                held = [next(reading)]
                 os.kill(processes(service, "control")[0], signal.SIGKILL)
                 with socket.socket() as other:
                     other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -87,6 +91,16 @@ def test_the_service_starts_beside_a_dead_node_and_its_control_plane_comes_back(
                 client = DataClient(moved)
                 assert read_hashes(client, 0, 4, 1) == truth
                 client.close()
+                # Ranks in flight know the old workers alone, until their attempt has ended.
+                held.extend(reading)
+                assert len(held) == 4
+                late = in_flight.stream("train", 40, 44, (0, GLOBAL_BATCH))
+                assert [next(late).index for _ in range(4)] == list(range(40, 44))
+                in_flight.close()
+                assert all(psutil.pid_exists(pid) for pid in workers)
+                service.end_superseded()
+                until(lambda: not any(psutil.pid_exists(pid) for pid in workers), "the old workers have ended")
+                assert processes(service, "worker")
             finally:
                 service.stop()
                 ray.shutdown()

@@ -1,8 +1,10 @@
 """The audit: the hash of each step against the rows of the dataset."""
 
+from pathlib import Path
+
 import pytest
 
-from data_service import storage
+from data_service import cache, storage
 from data_service.audit import SampleAudit
 from data_service.errors import DeliveryError, ShardCorruptError
 from data_service.plan import OrderSpec, Plan
@@ -64,3 +66,23 @@ def test_a_large_step_is_audited_in_pieces(audited, monkeypatch):
     dataset, plan, audit = audited
     audit._rows_at_once = 5
     assert audit.expected(1) == dataset.hash_of_step(plan, 1)
+
+
+def test_an_audit_of_a_remote_dataset_keeps_shards_where_it_is_told_and_counts_what_it_reads(tmp_path, monkeypatch):
+    """Each shard once, however many of its rows are audited."""
+    dataset = stream_dataset(tmp_path / "d")
+    monkeypatch.setattr(cache.storage, "is_local", lambda _: False)
+    monkeypatch.setattr(
+        cache.storage, "read_bytes", lambda uri: (tmp_path / "d" / uri.partition("/d/")[2]).read_bytes()
+    )
+    plan = plan_of(dataset)
+    folder = tmp_path / "kept"
+    audit = SampleAudit(dataset.uri, plan, dataset.manifest, cache_bytes=1 << 30, cache_dir=str(folder))
+    try:
+        for step in range(plan.num_batches):
+            assert audit.expected(step) == dataset.hash_of_step(plan, step)
+        assert [path for path in folder.rglob("*") if path.is_file()]
+        shards = (tmp_path / "d" / "shards").glob("train-*.arrow")
+        assert audit.num_read_bytes == sum(path.stat().st_size for path in shards)
+    finally:
+        audit.close()
