@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import load_config
+from cluster.run_data import train_plan
+from data_service.audit import SampleAudit
+from data_service.manifest import read_manifest
 from tests.helpers.runs import RunProcess, running, step_records, write_run
 
 STALLED_S = 20.0
@@ -97,3 +101,27 @@ def test_a_killed_control_plane_comes_back_and_no_rank_notices(tmp_path: Path) -
         assert len(run.events("attempt_started")) == 1, "the ranks were restarted"
         assert not run.events("rank_lost")
         assert len(step_records(run.folder)) == 600
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("role", ["worker", "control"])
+def test_a_frozen_process_of_the_service_stops_no_run_and_changes_no_batch(tmp_path: Path, role: str) -> None:
+    file = write_run(tmp_path, train=TRAIN)
+    with running("train", file, "train.steps=300") as run:
+        run.until_step(20)
+        with frozen(service(run, role)[:1]):
+            began = run.folder.history().last_step
+            run.until_step(began + 100, deadline_s=STALLED_S)
+        assert run.wait() == 0, run.output[-4000:]
+        assert len(run.events("attempt_started")) == 1, "the ranks were restarted"
+        assert not run.events("rank_lost")
+        records = step_records(run.folder)
+    config = load_config(file)
+    manifest = read_manifest(config.dataset_uri)
+    audit = SampleAudit(config.dataset_uri, train_plan(config, manifest), manifest, cache_bytes=1 << 20)
+    try:
+        assert {step: record["sample_hash"] for step, record in records.items()} == {
+            step: audit.expected(step - 1) for step in range(1, 301)
+        }
+    finally:
+        audit.close()
