@@ -117,6 +117,7 @@ class Attempt:
         self._finished: dict[int, FinishedReport] = {}
         self._exits: dict[int, RankExit] = {}
         self._lost_nodes: set[str] = set()
+        self._told_empty = False
         self._stop_sent = False
         self._stopped_early = False
         self._last_step = resume_step
@@ -268,6 +269,12 @@ class Attempt:
             "data_wait_s": round(report.data_wait_s, 5),
         }
         self._writer.append_metrics(record)
+        if report.loss is None and not self._told_empty:
+            self._told_empty = True
+            self._console.say(
+                f"step {report.step}: its rows hold no token to learn, so its loss is null; look at them with "
+                f"`stormjib data show FILE --step {report.step}`"
+            )
         if self._audit is not None:
             self._audit.submit(report.step, report.sample_hash)
         self._console.step(report.step, report.loss, report.tokens / max(report.step_s, 1e-9))

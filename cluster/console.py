@@ -45,14 +45,14 @@ class RunConsole:
                 f"{left}; {progress.num_records:,} records{rejected}"
             )
 
-    def step(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """One optimizer step was done."""
+    def step(self, step: int, loss: float | None, tokens_per_s: float) -> None:
+        """One optimizer step was done; without a loss where no token of its batch is learned."""
         self._rate = tokens_per_s if self._rate == 0.0 else 0.9 * self._rate + 0.1 * tokens_per_s
         if self._live:
             self._advance(step, loss)
         elif step == self._total or time.monotonic() - self._printed >= _PLAIN_EVERY_S:
             self._printed = time.monotonic()
-            self.say(f"step {step}/{self._total}  loss {loss:.4f}  {self._rate:,.0f} tokens/s")
+            self.say(f"step {step}/{self._total}  loss {_shown(loss, 4)}  {self._rate:,.0f} tokens/s")
 
     def evaluation(self, step: int, loss: float, perplexity: float) -> None:
         """An evaluation was done."""
@@ -68,20 +68,25 @@ class RunConsole:
             self._progress.stop()
             self._progress = None
 
-    def _advance(self, step: int, loss: float) -> None:
+    def _advance(self, step: int, loss: float | None) -> None:
+        shown = _shown(loss, 3)
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[rate]:,.0f} tokens/s"),
                 TextColumn("checkpoint {task.fields[saved]}"),
                 TimeElapsedColumn(),
                 console=self._console,
                 redirect_stdout=sys.stdout.isatty(),
                 refresh_per_second=5,
             )
-            self._task = self._progress.add_task("train", total=self._total, loss=loss, rate=0.0, saved=0)
+            self._task = self._progress.add_task("train", total=self._total, loss=shown, rate=0.0, saved=0)
             self._progress.start()
         assert self._task is not None
-        self._progress.update(self._task, completed=step, loss=loss, rate=self._rate, saved=self._checkpoint)
+        self._progress.update(self._task, completed=step, loss=shown, rate=self._rate, saved=self._checkpoint)
+
+
+def _shown(loss: float | None, digits: int) -> str:
+    return "-" if loss is None else f"{loss:.{digits}f}"

@@ -121,7 +121,7 @@ def train(rank: Rank) -> None:
                 StepReport(
                     step=rank.step,
                     batch=plan.batch_at(rank.step - 1),
-                    loss=outcome.loss,
+                    loss=outcome.loss if num_tokens else None,
                     tokens=num_tokens,
                     sample_hash=agreed.sample_hash,
                     lr=lr,

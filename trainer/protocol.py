@@ -107,8 +107,8 @@ class StepReport:
     """Optimizer steps done, this one included: the first step reports 1."""
     batch: int
     """Absolute number of the global batch that it consumed (`Plan.batch_at`)."""
-    loss: float
-    """Mean token loss over the valid tokens of the global batch, before the update."""
+    loss: float | None
+    """Mean token loss over the valid tokens of the global batch, before the update; None where it has none."""
     tokens: int
     """Valid tokens in the global batch."""
     sample_hash: str

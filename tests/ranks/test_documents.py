@@ -14,9 +14,12 @@ from torch.nn import functional as F
 from data_service.access import DataAccess
 from data_service.client import DataClient
 from data_service.config import DataConfig, RowKind
+from data_service.plan import OrderSpec
 from data_service.schema import BatchSlice
+from tests.helpers.data_runs import running_service
 from tests.helpers.initial_weights import initialise
 from tests.helpers.row_service import row_service, served, write_corpus
+from tests.helpers.written_datasets import WrittenPart, random_documents, write_dataset
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, SEQ_LEN, Case, Lab
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import lr_at, make_optimizer
@@ -155,3 +158,20 @@ def test_every_mesh_learns_answers_alone_from_chats(lab: Lab) -> None:
         assert steps[1].loss == pytest.approx(first, rel=1e-4), case
         for step, expected in found[Case(1, 1)].items():
             assert steps[step].loss == pytest.approx(expected.loss, rel=2e-3), (case, step)
+
+
+def test_a_batch_without_a_label_has_no_loss(lab: Lab) -> None:
+    """Every mesh says so, and takes the step: it is not a loss of nought."""
+    documents = random_documents(3, 4000, longest=SEQ_LEN + 1)
+    part = WrittenPart("asked", documents, answers=[np.zeros(one.size, bool) for one in documents])
+    written = write_dataset(
+        lab.folder / "asked", {"train": [part], "eval": []}, rows="document", seq_len=SEQ_LEN, loss_masks=True
+    )
+    order = OrderSpec(SEED, SEQ_LEN, GLOBAL_BATCH, 2)
+    with running_service(written.uri, order) as service:
+        for case in (Case(1, 1), Case(1, 2)):
+            spec = lab.spec(case, lab.folder / f"asked-{case}", steps=4)
+            spec = replace(spec, data=service.access(), vocab_size=written.manifest.vocab_size)
+            found = lab.run(spec).steps
+            assert [(found[step].tokens, found[step].loss) for step in range(1, 5)] == [(0, None)] * 4, case
+            assert all(found[step].grad_norm == 0 for step in range(1, 5))
