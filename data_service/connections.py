@@ -8,6 +8,7 @@ import json
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,15 +73,16 @@ def _failure(error: Exception) -> WorkerFailedError:
 class _Threads:
     """Daemon threads for calls that block, made as they are needed, at most `limit`.
 
-    A worker that is stopped holds a thread until its call's deadline; the others go on.
+    A worker that is stopped holds a thread until its call's deadline; the others go on. The thread that became free
+    last is taken first: its memory is warm.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._idle: list[queue.SimpleQueue[Callable[[], None] | None]] = []
         self._threads: list[threading.Thread] = []
-        self._idle = 0
         self._closed = False
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -88,29 +90,38 @@ class _Threads:
         with self._lock:
             if self._closed:
                 return
-            if self._idle > 0:
-                self._idle -= 1
+            if self._idle:
+                self._idle.pop().put(job)
             elif len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._run, name=f"data-read-{len(self._threads)}", daemon=True)
+                name = f"data-read-{len(self._threads)}"
+                thread = threading.Thread(target=self._run, args=(job,), name=name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._jobs.put(job)
+            else:
+                self._waiting.append(job)
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def _run(self, first: Callable[[], None]) -> None:
+        inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        job: Callable[[], None] | None = first
+        while job is not None:
             job()
             with self._lock:
-                self._idle += 1
+                if self._closed:
+                    return
+                job = self._waiting.popleft() if self._waiting else None
+                if job is None:
+                    self._idle.append(inbox)
+            if job is None:
+                job = inbox.get()
 
     def close(self, timeout_s: float) -> None:
         """End the threads; one that is in a call ends behind it."""
         with self._lock:
             self._closed = True
-            threads = list(self._threads)
-        for _ in threads:
-            self._jobs.put(None)
-        for thread in threads:
-            thread.join(timeout_s / len(threads))
+            for inbox in self._idle:
+                inbox.put(None)
+        for thread in self._threads:
+            thread.join(timeout_s / len(self._threads))
 
 
 class Connections:

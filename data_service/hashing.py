@@ -51,8 +51,8 @@ def row_crcs(
     count, width = tokens.shape
     row_bytes = width * tokens.dtype.itemsize
     # Few lengths occur, most often one.
-    lengths, which = np.unique(length.astype("<u4"), return_inverse=True)
-    heads = [crc32(one.tobytes()) for one in lengths]
+    lengths = length.tolist()
+    heads = {one: crc32(one.to_bytes(4, "little")) for one in set(lengths)}
     token_bytes, start_bytes = _bytes_of(tokens), _bytes_of(starts.astype(np.uint32, copy=False))
     bounds = (start_offsets.astype(np.int64) * 4).tolist()
     begins = range(0, count * row_bytes, row_bytes)
@@ -60,7 +60,7 @@ def row_crcs(
         crc32(start_bytes[low:high], crc32(token_bytes[begin : begin + row_bytes], heads[head]))
         if high > low
         else crc32(token_bytes[begin : begin + row_bytes], heads[head])
-        for begin, head, low, high in zip(begins, which.tolist(), bounds, bounds[1:], strict=False)
+        for begin, head, low, high in zip(begins, lengths, bounds, bounds[1:], strict=False)
     ]
     for extra in (answer_bits, labels):
         if extra is not None and count:

@@ -203,7 +203,7 @@ class Stream:
         rows, owner = owned_rows(plan, into.first, into.last, piece.slots, names)
         place = into.arrays.places(rows.batch, rows.slot)
         into.missing -= 1
-        for number in np.unique(owner).tolist():
+        for number in np.flatnonzero(np.bincount(owner)).tolist():
             mine = np.flatnonzero(owner == number)
             wanted = Wanted(rows.batch[mine], rows.slot[mine], rows.row_id[mine], place[mine])
             self._read(into, Ticket(plan, into.first, into.last, piece.slots, names, number), wanted, now)

@@ -12,15 +12,15 @@ from data_service.client import DataClient
 
 
 def main() -> None:
-    """Read the first steps so many times."""
+    """Read so many steps, and so many behind them, and so on."""
     access, steps, slots = DataAccess.from_json(sys.stdin.readline()), int(sys.argv[1]), int(sys.argv[2])
     client = DataClient(access)
 
-    def sizes() -> Iterator[int]:
-        for one in client.stream("train", 0, steps, (0, slots)):
+    def sizes(first: int) -> Iterator[int]:
+        for one in client.stream("train", first, first + steps, (0, slots)):
             yield one.tokens.size
 
-    report([measure(f"run {number}", sizes()) for number in range(int(sys.argv[3]))])
+    report([measure(f"run {number}", sizes(number * steps)) for number in range(int(sys.argv[3]))])
     client.close()
 
 
