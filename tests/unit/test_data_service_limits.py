@@ -15,7 +15,7 @@ from tests.helpers.data_runs import TOKEN
 from tests.helpers.flight_calls import raw_control
 from tests.helpers.waiting import until
 from tests.helpers.written_datasets import stream_dataset
-from tests.unit.test_data_service import health_of, scrape
+from tests.unit.test_data_control import health_of, scrape
 
 
 @pytest.fixture(scope="module")
