@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from data_service.errors import SourceError
 from data_service.records import Record, Reject, chat_record, label_of, text_record
-from data_service.source_files import SourceFile, open_source
+from data_service.source_files import SourceFile, Tell, open_source, untold
 
 __all__ = ["read_arrow", "read_parquet"]
 
@@ -25,13 +25,13 @@ _REPEATED_ROWS = 64
 _NAMES_SHOWN = 50
 
 
-def read_parquet(file: SourceFile, max_record_bytes: int) -> Iterator[Record | Reject]:
+def read_parquet(file: SourceFile, max_record_bytes: int, tell: Tell = untold) -> Iterator[Record | Reject]:
     """All rows of a Parquet file, in order.
 
     Raises:
         SourceError: when it is not Parquet, is damaged, or lacks a column of the right type.
     """
-    with open_source(file) as stream:
+    with open_source(file, tell) as stream:
         try:
             # Without the buffer size a column of a row group would be read as a whole.
             parquet = pa.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
@@ -63,13 +63,13 @@ def _rows_at_a_time(group: Any, wanted: list[str]) -> int:
     return max(1, min(limit, _BATCH_BYTES // per_row))
 
 
-def read_arrow(file: SourceFile, max_record_bytes: int) -> Iterator[Record | Reject]:
+def read_arrow(file: SourceFile, max_record_bytes: int, tell: Tell = untold) -> Iterator[Record | Reject]:
     """All rows of an Arrow IPC file or stream, in order.
 
     Raises:
         SourceError: when it is neither, is damaged, or lacks a column of the right type.
     """
-    with open_source(file) as stream:
+    with open_source(file, tell) as stream:
         try:
             number = 0
             for batch in _batches(file, stream):

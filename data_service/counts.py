@@ -19,6 +19,7 @@ from data_service.errors import ConfigError
 from data_service.manifest import SPLITS
 
 __all__ = [
+    "NO_ANSWER",
     "SourceCounts",
     "SplitCounts",
     "counts_to_json",
@@ -28,6 +29,8 @@ __all__ = [
     "stats_file",
 ]
 
+NO_ANSWER = "answer beyond data.seq_len"
+"""Why a chat is left out whose row would hold no label that counts."""
 _EXACT = 64
 _PER_OCTAVE = 32
 
@@ -69,6 +72,8 @@ class SourceCounts:
     splits: Mapping[str, SplitCounts]
     labels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Split → class → documents; empty where the dataset has no classes."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Reason → good documents that are in no row."""
 
     @property
     def num_rejects(self) -> int:
@@ -90,6 +95,7 @@ class SourceCounts:
             dict(sorted(reasons.items())),
             {split: self.splits[split] + other.splits[split] for split in SPLITS},
             {split: dict(sorted(counts.items())) for split, counts in labels.items()},
+            dict(sorted((Counter(self.left_out) + Counter(other.left_out)).items())),
         )
 
 

@@ -39,6 +39,8 @@ class EncodeSettings:
     eos_id: int
     token_dtype: Literal["uint16", "uint32"]
     eval_below: int
+    row_tokens: int
+    """Tokens of a row, which a chat is cut to."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class EncodedChunk:
     """Split → counts."""
     labels: dict[str, dict[int, int]]
     """Split → class number → documents; NO_LABEL left out."""
+    num_unanswered: int
+    """Chats that were left out, since their row would hold no label that counts."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def encode_chunk(item: EncodeItem) -> EncodedChunk:
     for split in SPLITS:
         documents, tokens, num_bytes, lengths = result["counts"][split]
         counts[split] = SplitCounts(documents, tokens, num_bytes, dict(lengths))
-    return EncodedChunk(item.chunk, counts, {split: dict(result["labels"][split]) for split in SPLITS})
+    classes: dict[str, dict[int, int]] = {split: dict(result["labels"][split]) for split in SPLITS}
+    return EncodedChunk(item.chunk, counts, classes, result["unanswered"])
 
 
 def _encode(item: EncodeItem, files: WorkFiles) -> Result:
@@ -102,11 +107,14 @@ def _encode(item: EncodeItem, files: WorkFiles) -> Result:
     lengths = np.concatenate([np.zeros(0, np.uint32), *(part.lengths for part in parts)])
     answers = np.concatenate([part.answers for part in parts if part.answers is not None] or [np.zeros(0, np.bool_)])
     labels = None if item.label_numbers is None else _labels(item.label_numbers, texts)
+    answered = np.ones(lengths.size, np.bool_)
+    if item.is_chat:
+        answered = _answered(answers, lengths, settings.row_tokens)
     held_out = texts.high < np.uint64(settings.eval_below)
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     counts: dict[str, list[object]] = {}
     classes: dict[str, list[tuple[int, int]]] = {}
-    for split, chosen in (("train", ~held_out), ("eval", held_out)):
+    for split, chosen in (("train", ~held_out & answered), ("eval", held_out & answered)):
         of_tokens = np.repeat(chosen, lengths)
         arrays[f"{split}_tokens"] = tokens[of_tokens]
         arrays[f"{split}_lengths"] = lengths[chosen]
@@ -122,7 +130,18 @@ def _encode(item: EncodeItem, files: WorkFiles) -> Result:
         num_bytes = int(texts.num_bytes[chosen].sum())
         counts[split] = [int(chosen.sum()), int(of_tokens.sum()), num_bytes, histogram]
     files.write(f"{_path(item.chunk)}.arrow", arrays_to_bytes(arrays))
-    return {"counts": counts, "labels": classes}
+    return {"counts": counts, "labels": classes, "unanswered": int((~answered).sum())}
+
+
+def _answered(
+    answers: npt.NDArray[np.bool_], lengths: npt.NDArray[np.uint32], row_tokens: int
+) -> npt.NDArray[np.bool_]:
+    """Which chats [d] have a token that counts, behind their first, among those that fit a row."""
+    begins = np.cumsum(lengths, dtype=np.int64) - lengths
+    before = np.concatenate([[0], np.cumsum(answers, dtype=np.int64)])
+    first = np.minimum(1, lengths)
+    found: npt.NDArray[np.bool_] = before[begins + np.minimum(lengths, row_tokens)] > before[begins + first]
+    return found
 
 
 def _batches(num_bytes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -11,10 +11,12 @@ Owns this comparison and the prepare key. Changes nothing.
 
 import hashlib
 import json
+import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from data_service import storage
@@ -22,14 +24,16 @@ from data_service.chat import read_chat_template
 from data_service.config import DataConfig, SourceConfig
 from data_service.errors import ConfigError
 from data_service.manifest import DATASET_VERSION, DatasetManifest
-from data_service.readers import SourceFile, find_files, fingerprint
+from data_service.progress import PrepareProgress, Report
+from data_service.source_files import SourceFile, check_unchanged, find_files, fingerprint, source_state
 from data_service.spool import check_rejects, rejects_file
 from data_service.tokenizer import TokenizerFiles, read_tokenizer
 
-__all__ = ["InputFile", "Request", "Target", "files_of", "find_target", "look_at"]
+__all__ = ["InputFile", "Known", "Request", "Target", "files_of", "find_target", "known_files", "look_at"]
 
 _LOOKS = 16
 """Files that are looked at together; reading them waits for disks and stores."""
+_TELL_S = 0.5
 _SOURCE_KEY = "source "
 
 
@@ -39,8 +43,12 @@ class InputFile:
 
     file: SourceFile
     digest: str
-    """Format and BLAKE2b-128 of the content."""
+    """Format, compression and BLAKE2b-128 of the content."""
     num_bytes: int
+    state: str
+    """Of `source_state`, when it was looked at."""
+    named: str
+    """Its URI, or the one under which an earlier preparation read it."""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -82,16 +90,48 @@ class Target:
     """Files to be prepared, in order."""
 
 
-def look_at(config: DataConfig) -> Request:
+Known = Mapping[tuple[str, str], str]
+"""(URI, state of a file on this machine) → digest that its content had then."""
+
+
+def known_files(manifests: Sequence[DatasetManifest]) -> Known:
+    """Files that a dataset was prepared from, as they were."""
+    return {(one.file, one.state): one.digest for one in (manifests[-1].files if manifests else ()) if one.state}
+
+
+def look_at(config: DataConfig, known: Known, report: Report) -> Request:
     """Look at the sources and the tokenizer.
+
+    Args:
+        config: the `data` section.
+        known: files that are not read again as long as they are in this state.
+        report: told of the bytes of the others.
 
     Raises:
         SourceError: when a source names no file, or one cannot be read.
+        DataUnavailableError: when one cannot be read now.
         ConfigError: when the tokenizer or the chat template cannot be used.
     """
     files = find_files(config.sources)
     with ThreadPoolExecutor(_LOOKS, "look") as pool:
-        inputs = tuple(pool.map(_input_file, files))
+        seen = list(pool.map(_state_and_size, files))
+        unknown = [
+            (file, size)
+            for file, (state, size) in zip(files, seen, strict=True)
+            if storage.is_local(file.uri) and not _known_digest(file, state, known)
+        ]
+        progress = _Looking(report, sum(size for _, size in unknown))
+
+        def look(one: tuple[SourceFile, tuple[str, int]]) -> InputFile:
+            file, (state, size) = one
+            digest = _known_digest(file, state, known)
+            if digest is None:
+                digest = f"{_kind(file)}:{fingerprint(file.uri, lambda done: progress.tell(file.uri, done))}"
+                check_unchanged(file.uri, state)
+            return InputFile(file, digest, size, state, file.uri)
+
+        inputs = tuple(pool.map(look, zip(files, seen, strict=True)))
+        progress.end()
     has_chats = any(source.messages is not None for source in config.sources)
     template = read_chat_template(config.chat_template) if has_chats and config.chat_template is not None else None
     tokenizer = None if config.tokenizer.path is None else read_tokenizer(config.tokenizer.path)
@@ -100,8 +140,41 @@ def look_at(config: DataConfig) -> Request:
     return Request(config, inputs, tokenizer, template, _settings(config, tokenizer, template))
 
 
-def _input_file(file: SourceFile) -> InputFile:
-    return InputFile(file, f"{file.format}:{fingerprint(file.uri)}", storage.file_size(file.uri))
+def _state_and_size(file: SourceFile) -> tuple[str, int]:
+    state = source_state(file.uri)
+    return state, int(state.partition("/")[0])
+
+
+def _kind(file: SourceFile) -> str:
+    return file.format if file.compression == "none" else f"{file.format}.{file.compression}"
+
+
+def _known_digest(file: SourceFile, state: str, known: Known) -> str | None:
+    found = known.get((file.uri, state))
+    return found if found is not None and found.startswith(f"{_kind(file)}:") else None
+
+
+class _Looking:
+    """Adds up what the threads have hashed, and reports it now and then."""
+
+    def __init__(self, report: Report, total: int) -> None:
+        self._report = report
+        self._total = total
+        self._done: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._told_at = time.monotonic()
+
+    def tell(self, uri: str, done: int) -> None:
+        with self._lock:
+            self._done[uri] = done
+            if time.monotonic() - self._told_at >= _TELL_S and self._total:
+                self._told_at = time.monotonic()
+                done_here = min(self._total, sum(self._done.values()))
+                self._report(PrepareProgress("look", done_here, self._total, 0, 0))
+
+    def end(self) -> None:
+        if self._total:
+            self._report(PrepareProgress("look", self._total, self._total, 0, 0))
 
 
 def _settings(config: DataConfig, tokenizer: TokenizerFiles | None, template: str | None) -> dict[str, str]:
@@ -193,5 +266,7 @@ def files_of(request: Request, manifest: DatasetManifest, generation: int) -> tu
     for one in request.files:
         by_identity.setdefault(one.identity, []).append(one)
     return tuple(
-        by_identity[file.source, file.digest].pop(0) for file in manifest.files if file.generation == generation
+        replace(by_identity[file.source, file.digest].pop(0), named=file.file)
+        for file in manifest.files
+        if file.generation == generation
     )

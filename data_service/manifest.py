@@ -14,6 +14,7 @@ began with it. Owns these names and the dataclasses behind them. Knows nothing o
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
@@ -31,10 +32,12 @@ __all__ = [
     "DatasetManifest",
     "PartInfo",
     "SourceFileInfo",
+    "check_no_gap",
     "index_file",
     "manifest_name",
     "read_manifest",
     "read_manifests",
+    "sources_without_rows",
     "tokenizer_uri",
 ]
 
@@ -43,6 +46,7 @@ INDEX_PAGE = 4096
 """Entries in a page of the index, about 160 kB: what a jump to a shard out of millions has to read."""
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 _MAX_GENERATIONS = 10_000
+_MANIFEST = re.compile(r"manifest\.[0-9]{5,}\.json")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class SourceFileInfo:
     generation: int
     num_records: int
     num_rejects: int
+    state: str = ""
+    """Size, time of the last change and inode of a local file when its content had the digest; see `source_state`."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,12 @@ class DatasetManifest:
     num_truncated: int
     """Chats and labelled texts that lost their end."""
     reject_reasons: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Reason → documents without a label that counts, which are in no row; not among the rejects."""
+    base: str | None = None
+    """The digest of the generation before; None in the first."""
+    side_files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Path of a file that this generation wrote beside shards and hashes → its bytes and BLAKE2b-128."""
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
@@ -152,11 +164,31 @@ class DatasetManifest:
             value["files"] = tuple(SourceFileInfo(**info) for info in value["files"])
             for name in ("labels", "index_digests"):
                 value[name] = tuple(value[name])
+            value["side_files"] = {path: (size, digest) for path, (size, digest) in value["side_files"].items()}
             if value["rows"] not in get_args(RowKind):
                 raise ValueError(f"rows of kind {value['rows']!r}.")
             return cls(**value)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"fields of the manifest differ: {error}.") from error
+
+
+def sources_without_rows(manifest: DatasetManifest, split: str = "train") -> dict[str, str]:
+    """Sources that files were read of, and that have no documents in a split: name → why."""
+    there = {part.source for part in manifest.splits[split] if part.num_documents}
+    read: dict[str, list[SourceFileInfo]] = {}
+    for file in manifest.files:
+        if file.source not in there:
+            read.setdefault(file.source, []).append(file)
+    found = {}
+    for source, files in read.items():
+        records, rejects = sum(file.num_records for file in files), sum(file.num_rejects for file in files)
+        why = (
+            "all of them were rejected"
+            if records == rejects
+            else f"{rejects} were rejected, the others repeat texts read before, or are held out or left out"
+        )
+        found[source] = f"no row of the {split} split came of its {records} records: {why}"
+    return found
 
 
 def manifest_name(generation: int) -> str:
@@ -178,20 +210,50 @@ def read_manifests(dataset_uri: str) -> list[DatasetManifest]:
     """All generations, oldest first; empty where there is no dataset.
 
     Raises:
-        ConfigError: when one is of a kind that this release does not read.
+        ConfigError: when one is of a kind that this release does not read, or does not follow from the one before.
     """
     found: list[DatasetManifest] = []
     for generation in range(_MAX_GENERATIONS):
         uri = storage.join(dataset_uri, manifest_name(generation))
         try:
-            found.append(DatasetManifest.from_json(storage.read_bytes(uri).decode()))
+            one = DatasetManifest.from_json(storage.read_bytes(uri).decode())
         except FileNotFoundError:
             break
         except ValueError as error:
             raise ConfigError(
                 f"{uri} was asked for, it is not a dataset manifest: {error} Prepare into another folder."
             ) from error
+        _check_chain(uri, one, found)
+        found.append(one)
     return found
+
+
+def _check_chain(uri: str, manifest: DatasetManifest, before: list[DatasetManifest]) -> None:
+    base = before[-1].digest if before else None
+    if (manifest.generation, manifest.base) != (len(before), base):
+        raise ConfigError(
+            f"{uri} was asked for as generation {len(before)}"
+            + (f" of the dataset {base}" if base is not None else "")
+            + f"; it is generation {manifest.generation}"
+            + (f" and was added to the dataset {manifest.base}" if manifest.base is not None else "")
+            + ". Files of two datasets are mixed: restore the folder, or prepare into another data.dataset."
+        )
+
+
+def check_no_gap(dataset_uri: str, num_generations: int) -> None:
+    """Refuse a folder that holds a later manifest than those that were read one after the other.
+
+    Raises:
+        ConfigError: naming the manifest whose base is gone.
+    """
+    # The next one may have been published since; what is behind it cannot have been.
+    known = {manifest_name(generation) for generation in range(num_generations + 1)}
+    later = [name for name in storage.list_names(dataset_uri) if _MANIFEST.fullmatch(name) and name not in known]
+    if later and not storage.exists(storage.join(dataset_uri, manifest_name(num_generations))):
+        raise ConfigError(
+            f"{dataset_uri} holds {later[0]}, and {manifest_name(num_generations)}, which it was added to, is gone. "
+            f"Nothing was changed. Restore {manifest_name(num_generations)}, or choose another data.dataset."
+        )
 
 
 def read_manifest(dataset_uri: str, digest: str | None = None) -> DatasetManifest:

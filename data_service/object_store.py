@@ -76,7 +76,7 @@ class _ShortBodyError(OSError):
     """Fewer bytes came than were asked for."""
 
 
-class _ReplacedError(OSError):
+class ReplacedError(OSError):
     """Another file has the name by now."""
 
 
@@ -86,7 +86,7 @@ _NOT_WORTH_RETRYING = (
     PermissionError,
     IsADirectoryError,
     NotADirectoryError,
-    _ReplacedError,
+    ReplacedError,
 )
 
 
@@ -310,7 +310,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
             if _code(error) in ("InvalidRange", "416"):
                 return Piece(b"", None, tag)  # behind the end of the file
             if _code(error) in ("PreconditionFailed", "412"):
-                raise _ReplacedError(f"{uri} was replaced while it was read. Read it again.") from error
+                raise ReplacedError(f"{uri} was replaced while it was read. Read it again.") from error
             raise
 
     return retry(f"reading {uri}", read)
@@ -376,7 +376,7 @@ class _RemoteInput(io.RawIOBase):
         length = max(0, min(most, _STREAM_PIECE, self._size - self._place))
         data = fetch(self._uri, self._place, length, self._tag).data
         if len(data) != length:
-            raise _ReplacedError(f"{self._uri} had {self._size} bytes and is shorter now. Read it again.")
+            raise ReplacedError(f"{self._uri} had {self._size} bytes and is shorter now. Read it again.")
         self._place += length
         return data
 

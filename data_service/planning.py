@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from data_service.errors import ConfigError, CursorMismatchError
-from data_service.manifest import DatasetManifest, PartInfo
+from data_service.manifest import DatasetManifest, PartInfo, sources_without_rows
 from data_service.plan import MAX_PLAN_BYTES, PLAN_VERSION, OrderSpec, Plan, PlanPart, Segment, Split
 
 __all__ = ["check_plan", "make_plan"]
@@ -50,7 +50,7 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
             loss_masks=manifest.loss_masks,
             num_labels=_num_labels(manifest),
             parts=parts,
-            segments=_segments(parts, spec) if shuffled else _natural(parts, 1.0),
+            segments=_segments(manifest, parts, spec) if shuffled else _natural(parts, 1.0),
             skip=_joined(spec.skip) if shuffled else (),
         )
     except ValidationError as error:
@@ -153,7 +153,7 @@ def _units(weights: Sequence[float], temperature: float) -> tuple[int, ...]:
     return tuple(units)
 
 
-def _segments(parts: Sequence[PlanPart], spec: OrderSpec) -> tuple[Segment, ...]:
+def _segments(manifest: DatasetManifest, parts: Sequence[PlanPart], spec: OrderSpec) -> tuple[Segment, ...]:
     names = list(_rows_by_source(parts))
     given = []
     for first, weights in spec.weights:
@@ -162,6 +162,14 @@ def _segments(parts: Sequence[PlanPart], spec: OrderSpec) -> tuple[Segment, ...]
             raise ConfigError(
                 f"weights from global batch {first} on are given for {', '.join(wanted)}, the dataset also holds "
                 f"{', '.join(missing)}. Give each source of data.sources a weight."
+            )
+        absent = [name for name, weight in wanted.items() if weight and name not in names]
+        if absent:
+            whys = sources_without_rows(manifest)
+            told = "; ".join(f"{name}: {whys.get(name, 'the dataset holds no row of it')}" for name in absent[:8])
+            raise ConfigError(
+                f"weights from global batch {first} on are above 0 for {', '.join(absent[:8])}, of which no row can be "
+                f"drawn ({told}). Mend the source and prepare into another data.dataset, or remove it."
             )
         if not any(wanted[name] for name in names):
             raise ConfigError(

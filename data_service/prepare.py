@@ -23,12 +23,13 @@ from importlib.metadata import version
 from data_service import storage
 from data_service.claim import claim_folder, remove_leftovers, work_folder
 from data_service.config import DataConfig
-from data_service.errors import ConfigError, DataUnavailableError, SourceError
-from data_service.generations import InputFile, Request, Target, files_of, find_target, look_at
-from data_service.manifest import DatasetManifest, manifest_name, read_manifests
+from data_service.errors import ConfigError, DataError, DataUnavailableError, SourceError
+from data_service.generations import InputFile, Request, Target, files_of, find_target, known_files, look_at
+from data_service.manifest import DatasetManifest, check_no_gap, manifest_name, read_manifests
 from data_service.mapping import Mapper, serial
 from data_service.progress import PrepareProgress, Report
-from data_service.publish import Assembly, assemble, move_into_place
+from data_service.publish import Assembly, assemble, move_into_place, warnings_of
+from data_service.reading import read_all
 from data_service.reuse import missing_files
 from data_service.spool import rejects_file
 from data_service.stages import (
@@ -38,7 +39,6 @@ from data_service.stages import (
     encode_all,
     eval_below_of,
     labels_of,
-    read_all,
     tokenizer_of,
     write_all,
 )
@@ -73,16 +73,18 @@ def prepare(
         DataUnavailableError: when another process prepares there and does not end.
         SourceError: when a source cannot be used or too many records were rejected.
     """
-    request = look_at(config)
+    report = progress or (lambda _: None)
+    request = look_at(config, known_files(read_manifests(dataset_uri)), report)
     target = _target(request, dataset_uri)
     if target.manifest is not None and not _damaged(dataset_uri, target):
         remove_leftovers(dataset_uri)
         return target.manifest
     storage.check_commits(dataset_uri)
     with claim_folder(dataset_uri):
-        # Another process may have prepared, or restored, while this one waited.
+        # Another process may have prepared, or restored, while this one waited, and sources may have changed.
+        if storage.is_local(dataset_uri):
+            request = look_at(config, {(one.file.uri, one.state): one.digest for one in request.files}, report)
         target = _target(request, dataset_uri)
-        report = progress or (lambda _: None)
         for manifest, missing in _damaged(dataset_uri, target):
             _LOG.warning(
                 "%s: %d files are gone or not as they were written (%s); they are written again",
@@ -99,7 +101,9 @@ def prepare(
 
 
 def _target(request: Request, dataset_uri: str) -> Target:
-    return find_target(request, read_manifests(dataset_uri), dataset_uri)
+    manifests = read_manifests(dataset_uri)
+    check_no_gap(dataset_uri, len(manifests))
+    return find_target(request, manifests, dataset_uri)
 
 
 def _damaged(dataset_uri: str, target: Target) -> list[tuple[DatasetManifest, list[str]]]:
@@ -166,10 +170,12 @@ def _add(job: Job) -> DatasetManifest:
         storage.remove_tree(job.work_uri)
         raise
     if found is None:
-        move_into_place(job, assembly)
+        move_into_place(job, assembly, is_new=True)
         manifest = assembly.manifest
         if storage.put_if_absent(uri, manifest.to_json().encode()):
             found = manifest
+            for line in warnings_of(job, manifest):
+                _LOG.warning("%s", line)
             _LOG.info(
                 "prepared %s, generation %d: %d documents, %d tokens, %d shards",
                 job.dataset_uri,
@@ -214,6 +220,12 @@ def _restore(job: Job, old: DatasetManifest) -> None:
             "changed. Restore the files, or delete the folder and prepare again; checkpoints of the old dataset do not "
             "fit the new one."
         )
-    move_into_place(job, assembly)
+    move_into_place(job, assembly, is_new=False)
+    still = missing_files(job.dataset_uri, old)
+    if still:
+        raise DataError(
+            f"{job.dataset_uri}: files were written again, and {', '.join(still[:5])} still are not as the manifest "
+            "says. Delete the folder and prepare again."
+        )
     storage.remove_tree(job.work_uri)
     _LOG.warning("%s: restored, with the same bytes", job.dataset_uri)

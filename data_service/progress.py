@@ -9,7 +9,7 @@ from typing import Literal
 
 __all__ = ["PrepareProgress", "PrepareStage", "Report"]
 
-PrepareStage = Literal["read", "deduplicate", "tokenizer", "encode", "write"]
+PrepareStage = Literal["look", "read", "deduplicate", "tokenizer", "encode", "write"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class PrepareProgress:
     """How far a preparation is."""
 
     stage: PrepareStage
-    """Stages come in this order; the first and the fourth take most of the time."""
+    """Stages come in this order; `look` where files are new here. `read` and `encode` take most of the time."""
     done: int
     """Bytes of the stage's input that are worked off."""
     total: int

@@ -5,13 +5,14 @@ Owns the numbering of shards in the dataset and its digest. Writes nothing into 
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_service import storage
-from data_service.counts import SourceCounts, counts_to_json, merged_counts, read_counts, stats_file
+from data_service.counts import NO_ANSWER, SourceCounts, counts_to_json, merged_counts, read_counts, stats_file
 from data_service.dedupe import Duplicates
 from data_service.errors import ConfigError
 from data_service.hash_files import hashes_file
@@ -23,14 +24,18 @@ from data_service.manifest import (
     PartInfo,
     SourceFileInfo,
     index_file,
+    sources_without_rows,
 )
 from data_service.plan import MAX_PARTS
 from data_service.shard_writer import PartShards, shard_path
 from data_service.shards import ShardEntry, ShardIndex, checksum, encode_index_page, shard_file
+from data_service.side_files import digest_of, remove_unlisted_tokenizer, remove_unpublished
 from data_service.spool import FileSpool, Spool, rejects_file
 from data_service.stages import Encoded, Job, TokenizerPlace
 
-__all__ = ["Assembly", "assemble", "move_into_place"]
+__all__ = ["Assembly", "assemble", "move_into_place", "warnings_of"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ def assemble(
     counts = _counts(job, spool, duplicates, encoded, parts)
     everything = counts if base is None else merged_counts([*read_counts(job.dataset_uri, base.generation), *counts])
     storage.write_bytes(storage.join(job.work_uri, stats_file(generation)), counts_to_json(everything).encode())
+    sides = [rejects_file(generation), stats_file(generation)]
+    if base is None:
+        sides += [f"tokenizer/{name}" for name, _ in tokenizer.files.files]
     reasons = Counter(spool.reject_reasons)
     reasons.update(base.reject_reasons if base is not None else {})
     manifest = DatasetManifest(
@@ -111,12 +119,13 @@ def assemble(
         num_duplicates=duplicates.total + (base.num_duplicates if base is not None else 0),
         num_truncated=sum(p.num_truncated for p in parts.values()) + (base.num_truncated if base is not None else 0),
         reject_reasons=dict(sorted(reasons.items())),
+        left_out=dict(sum((Counter(one.left_out) for one in everything), Counter())),
+        base=None if base is None else base.digest,
+        side_files={path: digest_of(storage.join(job.work_uri, path)) for path in sides},
     )
-    moves = [(rejects_file(generation), rejects_file(generation)), (stats_file(generation), stats_file(generation))]
+    moves = [(path, path) for path in sides]
     if config.split.deduplicate:
         moves.append((hashes_file(generation), hashes_file(generation)))
-    if base is None:
-        moves += [(f"tokenizer/{name}", f"tokenizer/{name}") for name, _ in tokenizer.files.files]
     pages = [(index_file(generation, page), index_file(generation, page)) for page in range(len(digests))]
     return Assembly(manifest, (*moves, *shard_moves, *pages))
 
@@ -175,6 +184,7 @@ def _file_infos(job: Job, spool: Spool) -> Iterator[SourceFileInfo]:
             generation=job.generation,
             num_records=file.num_records,
             num_rejects=sum(file.reject_reasons.values()),
+            state=one.state if storage.is_local(one.file.uri) else "",
         )
 
 
@@ -210,18 +220,36 @@ def _counts(
                     for split in SPLITS
                     if encoded.labels[split, source]
                 },
+                left_out={NO_ANSWER: encoded.unanswered[source]} if encoded.unanswered[source] else {},
             )
         )
     return counts
 
 
-def move_into_place(job: Job, assembly: Assembly) -> None:
+def move_into_place(job: Job, assembly: Assembly, *, is_new: bool) -> None:
     """Move the files of a generation from the work folder into the dataset, the index behind the shards.
+
+    What a killed preparation of another generation of this number left there is removed before.
 
     Files of the work folder were written without waiting for the disk; now they must be on it before a manifest is.
     """
+    targets = {target for _, target in assembly.moves}
+    if is_new:
+        gone = remove_unpublished(job.dataset_uri, job.base, targets)
+        if gone:
+            _LOG.info("%s: removed %d files of a preparation that was killed", job.dataset_uri, len(gone))
+    elif job.generation == 0:
+        remove_unlisted_tokenizer(job.dataset_uri, targets)
     for source, target in assembly.moves:
         if storage.is_local(job.work_uri):
             with storage.local_path(storage.join(job.work_uri, source)).open("rb") as file:
                 os.fsync(file.fileno())
         storage.move_file(storage.join(job.work_uri, source), storage.join(job.dataset_uri, target))
+
+
+def warnings_of(job: Job, manifest: DatasetManifest) -> list[str]:
+    """What somebody who prepared this should know: sources without rows, and documents that were left out."""
+    lines = [f"{source}: {why}" for source, why in sources_without_rows(manifest).items() if source in job.sources]
+    for reason, count in manifest.left_out.items():
+        lines.append(f"{count:,} chats were left out ({reason}={job.config.seq_len}), which hold no label that counts")
+    return lines

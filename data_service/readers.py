@@ -14,7 +14,7 @@ from data_service.columnar import read_arrow, read_parquet
 from data_service.csv_records import BrokenRecord, CsvRecord, read_csv_records
 from data_service.errors import SourceError
 from data_service.records import Message, Record, Reject, chat_record, label_of, over_long, text_record
-from data_service.source_files import SourceFile, find_files, fingerprint, open_text
+from data_service.source_files import SourceFile, Tell, find_files, fingerprint, open_text, untold
 from data_service.text_lines import ByteStream, chomp, read_lines
 
 __all__ = ["Message", "Record", "Reject", "SourceFile", "find_files", "fingerprint", "read_records"]
@@ -22,18 +22,19 @@ __all__ = ["Message", "Record", "Reject", "SourceFile", "find_files", "fingerpri
 _NAMES_SHOWN = 50
 
 
-def read_records(file: SourceFile, max_record_bytes: int) -> Iterator[Record | Reject]:
-    """All records of a file, in order, good ones and rejects.
+def read_records(file: SourceFile, max_record_bytes: int, tell: Tell = untold) -> Iterator[Record | Reject]:
+    """All records of a file, in order, good ones and rejects; `tell` is called with the bytes that were read.
 
     Raises:
         SourceError: when the file is empty, damaged, lacks a column that is asked for, or is not of its format.
+        DataUnavailableError: when it cannot be read now.
     """
     if file.format == "parquet":
-        yield from read_parquet(file, max_record_bytes)
+        yield from read_parquet(file, max_record_bytes, tell)
     elif file.format == "arrow":
-        yield from read_arrow(file, max_record_bytes)
+        yield from read_arrow(file, max_record_bytes, tell)
     else:
-        with open_text(file) as stream:
+        with open_text(file, tell) as stream:
             if file.format == "jsonl":
                 yield from _read_jsonl(file, stream, max_record_bytes)
             elif file.format == "txt":

@@ -8,7 +8,21 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Message", "Record", "Reject", "chat_record", "label_of", "over_long", "text_of", "text_record"]
+__all__ = [
+    "MAX_LABEL_BYTES",
+    "Message",
+    "Record",
+    "Reject",
+    "chat_record",
+    "label_of",
+    "over_long",
+    "text_of",
+    "text_record",
+]
+
+
+MAX_LABEL_BYTES = 256
+"""Of a class's name; what is longer is no class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +94,15 @@ def label_of(value: Any) -> str:
     elif isinstance(value, bool):
         label = "true" if value else "false"
     elif isinstance(value, int):
-        label = str(value)
+        label = str(value) if value.bit_length() <= 8 * MAX_LABEL_BYTES // 3 else "0" * (MAX_LABEL_BYTES + 1)
     elif value is None:
         label = ""
     else:
         raise _Unfit(f"bad label: {type(value).__name__}, neither a string nor an integer")
     if not label:
         raise _Unfit("no label")
+    if len(label) > MAX_LABEL_BYTES or _num_bytes(label) > MAX_LABEL_BYTES:
+        raise _Unfit(f"label over-long: more than {MAX_LABEL_BYTES} bytes")
     return label
 
 

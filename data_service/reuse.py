@@ -1,18 +1,17 @@
 """Whether all files of a generation are there.
 
-Looks at the index and the tokenizer by content, at shards and hashes by their size, since reading them all would take
-as long as preparing. Changes nothing.
+Looks at the index, the tokenizer, rejects and counts by content, at shards and hashes by their size, since reading them
+all would take as long as preparing. Changes nothing.
 """
 
 from collections.abc import Mapping
 
 from data_service import storage
-from data_service.counts import stats_file
 from data_service.errors import ShardCorruptError
 from data_service.hash_files import HASH, HashFile, hashes_file
-from data_service.manifest import SPLITS, DatasetManifest, index_file, tokenizer_uri
+from data_service.manifest import SPLITS, DatasetManifest, index_file
 from data_service.shards import ShardIndex, checksum, shard_file
-from data_service.tokenizer import folder_digest
+from data_service.side_files import damaged_side_files
 
 __all__ = ["missing_files"]
 
@@ -20,12 +19,8 @@ __all__ = ["missing_files"]
 def missing_files(dataset_uri: str, manifest: DatasetManifest) -> list[str]:
     """Paths in the dataset of what a generation wrote and is gone, or not as it was written."""
     generation = manifest.generation
-    missing = []
+    missing = damaged_side_files(dataset_uri, manifest)
     sizes = storage.list_sizes(dataset_uri)
-    if generation == 0 and folder_digest(tokenizer_uri(dataset_uri)) != manifest.tokenizer_digest:
-        missing.append("tokenizer")
-    if stats_file(generation) not in sizes:
-        missing.append(stats_file(generation))
     if manifest.inputs.get("data.split.deduplicate") == "True":
         name = hashes_file(generation)
         try:

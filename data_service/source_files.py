@@ -2,18 +2,16 @@
 
 A path is a file, a folder (its files with a known suffix, and those in folders below, hidden ones left out), or a glob;
 on this machine or on a store. Owns formats and compression by suffix, the identity of a file's content, the refusal of
-a file that is reached twice, and decompression as a stream: a compressed file that is cut off or damaged is an error
-and never a shorter file.
+a file that is reached twice, and the difference between a file that is bad and one that cannot be read now.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import BinaryIO
-
-import pyarrow as pa
+from typing import BinaryIO, cast
 
 from data_service import storage
 from data_service.config import (
@@ -24,14 +22,33 @@ from data_service.config import (
     SourceFormat,
     default_source_name,
 )
-from data_service.errors import ConfigError, SourceError
+from data_service.decompression import DamagedError, decompressed
+from data_service.errors import ConfigError, DataUnavailableError, SourceError
+from data_service.object_store import ReplacedError
 from data_service.text_lines import ByteStream
 
-__all__ = ["SourceFile", "find_files", "fingerprint", "open_source", "open_text"]
+__all__ = [
+    "SourceFile",
+    "Tell",
+    "check_unchanged",
+    "find_files",
+    "fingerprint",
+    "open_source",
+    "open_text",
+    "source_state",
+    "untold",
+]
 
 _BLOCK = 1 << 20
 _OWN_COMPRESSION = ("parquet", "arrow")
 """Formats that compress inside, and are read by place."""
+
+Tell = Callable[[int], None]
+"""Called with the bytes that were read so far."""
+
+
+def untold(done: int) -> None:
+    """Take no notice."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ def _refuse_twice(before: SourceFile, file: SourceFile) -> None:
     raise SourceError(f"{both}: {names}. Its records would count twice; narrow a path, or remove a source.")
 
 
-def fingerprint(uri: str) -> str:
+def fingerprint(uri: str, tell: Tell = untold) -> str:
     """What tells a file's content from another's.
 
     On this machine, and on stores that know no better, BLAKE2b-128 of the content. On stores that keep an ETag, which
@@ -174,61 +191,133 @@ def fingerprint(uri: str) -> str:
     under another ETag (a copy uploaded in other parts, or a file moved from here to a store) therefore counts as
     changed.
 
+    Args:
+        uri: the file.
+        tell: called with the bytes that were hashed so far.
+
     Raises:
-        SourceError: when it cannot be read.
+        SourceError: when there is no such file, or it may not be read.
+        DataUnavailableError: when it cannot be read now.
     """
     try:
         tag = storage.content_tag(uri)
         if tag is not None:
             return hashlib.blake2b(tag.encode(), digest_size=16).hexdigest()
         state = hashlib.blake2b(digest_size=16)
+        done = 0
         with storage.open_input(uri) as stream:
             while block := stream.read(_BLOCK):
                 state.update(block)
+                done += len(block)
+                tell(done)
         return state.hexdigest()
     except OSError as error:
-        raise SourceError(f"{uri} was to be read: {error}. Check the path and its permissions.") from error
+        raise _unreadable(uri, error) from error
 
 
-@contextlib.contextmanager
-def open_source(file: SourceFile) -> Iterator[BinaryIO]:
-    """The file's bytes as they are; what goes wrong with them inside the block is a SourceError that names the file."""
+def source_state(uri: str) -> str:
+    """What is another once a file was written again, found without reading it.
+
+    On this machine size, time of the last change (ns) and inode; on a store size and ETag, or the time of its making.
+
+    Raises:
+        SourceError: when there is no such file.
+        DataUnavailableError: when it cannot be looked at now.
+    """
     try:
-        with storage.open_input(file.uri) as stream:
-            yield stream
+        return storage.file_state(uri)
     except OSError as error:
-        raise SourceError(f"{file.uri} was to be read: {error}. Check the path and its permissions.") from error
+        raise _unreadable(uri, error) from error
+
+
+def check_unchanged(uri: str, state: str) -> None:
+    """Raise SourceError when a file is not in this state of `source_state` any more; see there."""
+    found = source_state(uri)
+    if found != state:
+        raise SourceError(
+            f"{uri} changed while it was read (size, time and place were {state}, they are {found}). Prepare again "
+            "when nothing writes to it."
+        )
+
+
+def _unreadable(uri: str, error: OSError) -> SourceError | DataUnavailableError:
+    """A source that is not there, or a store that does not give it now."""
+    if isinstance(error, ReplacedError):
+        return SourceError(f"{uri} changed while it was read: {error}")
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return SourceError(f"{uri} was to be read: {error}. Check the path and its permissions.")
+    return DataUnavailableError(
+        f"{uri} was to be read: {error}. The file was not found bad: what was finished is kept, prepare again."
+    )
+
+
+class _Watched(io.RawIOBase):
+    """A file that tells how much was read, and whose failures are told from damaged contents."""
+
+    def __init__(self, uri: str, stream: BinaryIO, tell: Tell) -> None:
+        self._uri = uri
+        self._stream = stream
+        self._told = tell
+        self._done = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data = self._stream.read(size)
+        except OSError as error:
+            raise _unreadable(self._uri, error) from error
+        self._done += len(data)
+        self._told(self._done)
+        return data
 
 
 @contextlib.contextmanager
-def open_text(file: SourceFile) -> Iterator[ByteStream]:
-    """The file's bytes, decompressed as they are read.
+def open_source(file: SourceFile, tell: Tell = untold) -> Iterator[BinaryIO]:
+    """The file's bytes as they are; what goes wrong with them inside the block is a SourceError that names the file.
+
+    Args:
+        file: which.
+        tell: called with the bytes that were read so far; of a file that is read by place some may count twice.
+
+    Raises:
+        SourceError: see above.
+        DataUnavailableError: in the block, when the bytes cannot be read now.
+    """
+    try:
+        stream = storage.open_input(file.uri)
+    except OSError as error:
+        raise _unreadable(file.uri, error) from error
+    with stream:
+        try:
+            yield cast(BinaryIO, _Watched(file.uri, stream, tell))
+        except OSError as error:  # Arrow's, of what it found in them
+            raise SourceError(f"{file.uri} could not be read: {error}. Write the file again.") from error
+
+
+@contextlib.contextmanager
+def open_text(file: SourceFile, tell: Tell = untold) -> Iterator[ByteStream]:
+    """The file's bytes, decompressed as they are read; see `open_source`.
 
     Raises:
         SourceError: in the block, when the file cannot be read or is not a whole compressed file.
+        DataUnavailableError: in the block, when the bytes cannot be read now.
     """
-    with open_source(file) as stream:
-        yield stream if file.compression == "none" else _Decompressed(file, stream)
-
-
-class _Decompressed:
-    """Decompresses block by block, whatever the ratio, and notices where the file is damaged."""
-
-    def __init__(self, file: SourceFile, stream: BinaryIO) -> None:
-        self._file = file
-        if not stream.read(1):
-            raise self._damaged("it is empty")
-        stream.seek(0)
-        self._stream = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), file.compression)
-
-    def read(self, size: int, /) -> bytes:
+    with open_source(file, tell) as stream:
         try:
-            return bytes(self._stream.read(size))
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(str(error)) from error
-
-    def _damaged(self, why: str) -> SourceError:
-        return SourceError(
-            f"{self._file.uri} could not be read to its end as {self._file.compression}: {why.rstrip('.')}. Fetch or "
-            f"write the file again, or correct {self._file.key('compression')}."
-        )
+            yield stream if file.compression == "none" else decompressed(stream, file.compression)
+        except DamagedError as error:
+            raise SourceError(
+                f"{file.uri} could not be read to its end as {file.compression}: {str(error).rstrip('.')}. Fetch or "
+                f"write the file again, or correct {file.key('compression')}."
+            ) from error

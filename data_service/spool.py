@@ -9,8 +9,10 @@ Memory holds one chunk of text and the hashes of one run, however long the file 
 Owns what is in the work folder under `read/`, and the limit on rejects.
 """
 
+import contextlib
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +29,8 @@ from data_service.errors import SourceError
 from data_service.hash_files import PLACED_HASH, encode_hashes
 from data_service.readers import SourceFile, read_records
 from data_service.records import Reject
-from data_service.work_items import Result, WorkFiles, arrays_to_bytes, do_once
+from data_service.source_files import check_unchanged
+from data_service.work_items import Result, WorkFiles, arrays_to_bytes, do_once, write_quickly
 
 __all__ = [
     "MAX_CLASSES",
@@ -37,6 +40,7 @@ __all__ = [
     "Spool",
     "check_rejects",
     "check_spool",
+    "progress_uri",
     "read_file",
     "rejects_file",
     "run_uri",
@@ -46,6 +50,8 @@ __all__ = [
 MAX_CLASSES = 65_536
 _HASH_RANGE = 2**64
 _REJECTS_OF_A_FILE = 10_000
+_TELL_S = 1.0
+_TELL_REMOTE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class ReadItem:
     number: int
     """Place of the file in the preparation."""
     file: SourceFile
+    state: str
+    """Of `source_state`: in another one its content is not what was asked for."""
+    named: str
+    """What rejects call it."""
     max_record_bytes: int
     chunk_bytes: int
     run_documents: int
@@ -177,6 +187,11 @@ def run_uri(work_uri: str, file: int, run: int) -> str:
     return storage.join(work_uri, f"read/{file:05d}/run-{run:05d}.bin")
 
 
+def progress_uri(work_uri: str, file: int) -> str:
+    """Where the reader of a file tells how far it is: bytes, records, rejects."""
+    return storage.join(work_uri, f"read/{file:05d}.progress")
+
+
 def check_rejects(max_fraction: float, num_records: int, reasons: Mapping[str, int], rejects_uri: str) -> None:
     """Raise SourceError when more than `data.rejects.max_fraction` of the records were left out."""
     num_rejects = sum(reasons.values())
@@ -243,16 +258,21 @@ class _Reading:
     largest: int = -1
     rejects: list[str] = field(default_factory=list)
     num_reject_files: int = 0
+    num_records: int = 0
+    num_rejects: int = 0
+    told_at: float = 0.0
 
     def run(self) -> Result:
         """Read to the end."""
         item = self.item
         chat = None if item.chat is None else item.chat.template()
         reasons: Counter[str] = Counter()
-        num_records = size = 0
+        size = 0
         texts, digests = self.texts, self.digests
-        for record in read_records(item.file, item.max_record_bytes):
-            num_records += 1
+        check_unchanged(item.file.uri, item.state)
+        self._tell(0)
+        for record in read_records(item.file, item.max_record_bytes, self._tell):
+            self.num_records += 1
             reject = record if isinstance(record, Reject) else None
             if chat is not None and not isinstance(record, Reject):
                 try:
@@ -261,7 +281,8 @@ class _Reading:
                     reject = Reject(record.line, str(error))
             if reject is not None:
                 reasons[reject.reason.partition(":")[0]] += 1
-                line = {"file": item.file.uri, "line": reject.line, "reason": reject.reason}
+                self.num_rejects += 1
+                line = {"file": item.named, "line": reject.line, "reason": reject.reason}
                 self.rejects.append(json.dumps(line, ensure_ascii=False) + "\n")
                 if len(self.rejects) >= _REJECTS_OF_A_FILE:
                     self._end_rejects()
@@ -276,11 +297,12 @@ class _Reading:
             if size >= item.chunk_bytes:
                 self._end_chunk(size)
                 size = 0
+        check_unchanged(item.file.uri, item.state)
         self._end_chunk(size)
         self._end_run()
         self._end_rejects()
         return {
-            "num_records": num_records,
+            "num_records": self.num_records,
             "reject_reasons": dict(reasons),
             "chunks": self.chunks,
             "runs": self.runs,
@@ -289,6 +311,15 @@ class _Reading:
             "labels": list(self.labels),
             "num_reject_files": self.num_reject_files,
         }
+
+    def _tell(self, done: int) -> None:
+        """Leave word of how much was read, now and then."""
+        now = time.monotonic()
+        if not done or now - self.told_at >= (_TELL_S if storage.is_local(self.item.work_uri) else _TELL_REMOTE_S):
+            self.told_at = now
+            word = json.dumps([done, self.num_records, self.num_rejects]).encode()
+            with contextlib.suppress(OSError):  # what matters fails at the next write
+                write_quickly(progress_uri(self.item.work_uri, self.item.number), word)
 
     def _end_rejects(self) -> None:
         if self.rejects:

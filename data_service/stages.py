@@ -13,29 +13,20 @@ from typing import Literal
 import numpy as np
 
 from data_service import storage
-from data_service.chat import ChatTemplate, messages_of
+from data_service.chat import messages_of
 from data_service.chunks import Chunk, chunk_uri, read_texts
 from data_service.config import DataConfig
 from data_service.counts import SplitCounts
 from data_service.dedupe import Duplicates, find_duplicates, kept_of
 from data_service.encode import EncodedChunk, EncodeItem, EncodeSettings, encode_chunk
-from data_service.errors import ConfigError, ShardCorruptError, SourceError
+from data_service.errors import ShardCorruptError, SourceError
 from data_service.generations import InputFile, Request
 from data_service.hash_files import hashes_file
 from data_service.manifest import SPLITS, DatasetManifest, tokenizer_uri
 from data_service.mapping import Mapper
 from data_service.progress import PrepareProgress, PrepareStage, Report
 from data_service.shard_writer import PartItem, PartShards, write_part
-from data_service.spool import (
-    ChatCheck,
-    FileSpool,
-    ReadItem,
-    Spool,
-    check_spool,
-    read_file,
-    rejects_file,
-    write_rejects,
-)
+from data_service.spool import MAX_CLASSES, Spool
 from data_service.tokenizer import TokenizerFiles, TrainingSample, read_tokenizer, train_tokenizer, write_tokenizer
 from data_service.work_items import WorkFiles, arrays_of, do_once
 
@@ -45,10 +36,10 @@ __all__ = [
     "Sizes",
     "TokenizerPlace",
     "deduplicate",
+    "earlier_tokenizer",
     "encode_all",
     "eval_below_of",
     "labels_of",
-    "read_all",
     "tokenizer_of",
     "write_all",
 ]
@@ -126,68 +117,6 @@ class TokenizerPlace:
         return "uint16" if self.files.token_dtype.itemsize == 2 else "uint32"
 
 
-def read_all(job: Job) -> Spool:
-    """Read the files.
-
-    Raises:
-        SourceError: when one cannot be read, or too many records are bad.
-        ConfigError: when chats are added to a dataset without.
-    """
-    has_chats = any(one.file.source.messages is not None for one in job.files)
-    if has_chats and not job.loss_masks:
-        raise ConfigError(
-            f"chats were to be added to {job.dataset_uri}, whose shards do not tell which tokens count as labels. "
-            "Choose another data.dataset for a dataset with chats."
-        )
-    chat = _chat_check(job) if has_chats else None
-    config = job.config
-    items = [
-        ReadItem(
-            work_uri=job.work_uri,
-            number=number,
-            file=one.file,
-            max_record_bytes=config.rejects.max_record_bytes,
-            chunk_bytes=job.sizes.chunk_bytes,
-            run_documents=job.sizes.run_documents,
-            with_runs=config.split.deduplicate,
-            with_labels=config.rows == "document" and one.file.source.label is not None,
-            chat=chat if one.file.source.messages is not None else None,
-        )
-        for number, one in enumerate(job.files)
-    ]
-    files: list[FileSpool] = []
-    done, total = 0, sum(one.num_bytes for one in job.files)
-    records = rejects = 0
-    job.report(PrepareProgress("read", 0, total, 0, 0))
-    for one, file in zip(job.files, job.mapper(read_file, items), strict=True):
-        files.append(file)
-        done += one.num_bytes
-        records += file.num_records
-        rejects += sum(file.reject_reasons.values())
-        job.report(PrepareProgress("read", done, total, records, rejects))
-    spool = Spool(tuple(files))
-    write_rejects(job.work_uri, spool, job.generation)
-    rejects_uri = storage.join(job.dataset_uri, rejects_file(job.generation))
-    check_spool(config, spool, [one.file.uri for one in job.files], rejects_uri)
-    return spool
-
-
-def _chat_check(job: Job) -> ChatCheck:
-    """What chats must fit, before there is a tokenizer where one is to be trained."""
-    tokenizer = job.request.tokenizer if job.base is None else _earlier_tokenizer(job, job.base).files
-    if tokenizer is not None:
-        ChatTemplate.of(tokenizer)
-        specials = tuple(sorted(tokenizer.special_tokens.items()))
-        return ChatCheck(tokenizer.chat_template or "", specials, tokenizer.control_tokens)
-    if job.request.chat_template is None:
-        raise ConfigError(
-            "data.sources…messages was set, and a tokenizer is to be trained, which has no chat template of its own. "
-            "Set data.chat_template to a Jinja file, or data.tokenizer.path to the tokenizer of a chat model."
-        )
-    ChatTemplate.to_train(job.request.chat_template)
-    return ChatCheck(job.request.chat_template, None, ())
-
-
 def deduplicate(job: Job, spool: Spool) -> Duplicates:
     """Find the documents that go; none where data.split.deduplicate is off."""
     if not job.config.split.deduplicate:
@@ -215,6 +144,12 @@ def labels_of(job: Job, spool: Spool) -> tuple[str, ...]:
     """
     found = {label for file in spool.files for label in file.labels}
     if job.base is None:
+        if len(found) > MAX_CLASSES:
+            raise SourceError(
+                f"the label columns of {', '.join(job.sources[:8])} have {len(found):,} values together, at most "
+                f"{MAX_CLASSES:,} classes are numbered. Set data.sources…label to columns of classes, or remove it."
+            )
+        # A label is short (`records.label_of`), and so is the integer that it spells.
         whole = all(label.removeprefix("-").isdecimal() for label in found)
         return tuple(sorted(found, key=lambda label: (int(label) if whole else 0, label)))
     unknown = sorted(found.difference(job.base.labels))
@@ -230,7 +165,7 @@ def labels_of(job: Job, spool: Spool) -> tuple[str, ...]:
 def tokenizer_of(job: Job, spool: Spool, duplicates: Duplicates, eval_below: int) -> TokenizerPlace:
     """The tokenizer: that of the dataset, the one named, or one trained on the training part."""
     if job.base is not None:
-        return _earlier_tokenizer(job, job.base)
+        return earlier_tokenizer(job, job.base)
     folder_uri = tokenizer_uri(job.work_uri)
     tokenizer = job.request.tokenizer
     if tokenizer is None:
@@ -239,7 +174,12 @@ def tokenizer_of(job: Job, spool: Spool, duplicates: Duplicates, eval_below: int
     return TokenizerPlace(tokenizer, folder_uri)
 
 
-def _earlier_tokenizer(job: Job, base: DatasetManifest) -> TokenizerPlace:
+def earlier_tokenizer(job: Job, base: DatasetManifest) -> TokenizerPlace:
+    """The dataset's tokenizer.
+
+    Raises:
+        ShardCorruptError: when it is not the one that the manifest names.
+    """
     folder_uri = tokenizer_uri(job.dataset_uri)
     tokenizer = read_tokenizer(folder_uri)
     if tokenizer.digest != base.tokenizer_digest:
@@ -306,12 +246,14 @@ class Encoded:
     counts: dict[tuple[str, str], SplitCounts]
     labels: dict[tuple[str, str], Counter[str]]
     """Documents of each class."""
+    unanswered: Counter[str]
+    """Source → chats that are left out, since the answer begins behind the end of their row."""
 
     @classmethod
     def none(cls, sources: tuple[str, ...]) -> "Encoded":
         """Before the first chunk."""
         keys = [(split, source) for split in SPLITS for source in sources]
-        return cls({key: SplitCounts() for key in keys}, {key: Counter() for key in keys})
+        return cls({key: SplitCounts() for key in keys}, {key: Counter() for key in keys}, Counter())
 
     def add(self, source: str, chunk: EncodedChunk, labels: tuple[str, ...]) -> None:
         """Count a chunk of a source."""
@@ -319,6 +261,7 @@ class Encoded:
             self.counts[split, source] += chunk.counts[split]
             for number, count in chunk.labels[split].items():
                 self.labels[split, source][labels[number]] += count
+        self.unanswered[source] += chunk.num_unanswered
 
 
 def encode_all(
@@ -337,6 +280,7 @@ def encode_all(
         eos_id=tokenizer.files.eos_id,
         token_dtype=tokenizer.token_dtype,
         eval_below=eval_below,
+        row_tokens=job.config.seq_len + 1,
     )
     numbers = {label: number for number, label in enumerate(labels)}
     of_files = [tuple(numbers[label] for label in file.labels) if labels else None for file in spool.files]
@@ -357,7 +301,18 @@ def encode_all(
         encoded.add(job.files[one.chunk.file].file.name, one, labels)
         done += one.chunk.num_bytes
         job.tell("encode", done, spool.num_bytes, spool)
+    _check_answers(job, encoded)
     return encoded
+
+
+def _check_answers(job: Job, encoded: Encoded) -> None:
+    """Raise SourceError when chats were left out and nothing is left to train on."""
+    left_out = encoded.unanswered.total()
+    if left_out and not any(encoded.counts["train", source].documents for source in job.sources):
+        raise SourceError(
+            f"data.seq_len={job.config.seq_len}: in {left_out} chats of {', '.join(sorted(+encoded.unanswered))} the "
+            "answer begins behind the end of the row, and no other text is left to train on. Raise data.seq_len."
+        )
 
 
 def write_all(job: Job, spool: Spool, encoded: Encoded, labels: tuple[str, ...]) -> dict[tuple[str, str], PartShards]:

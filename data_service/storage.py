@@ -28,6 +28,7 @@ __all__ = [
     "content_tag",
     "exists",
     "file_size",
+    "file_state",
     "glob_files",
     "is_local",
     "join",
@@ -103,6 +104,17 @@ def content_tag(uri: str) -> str | None:
     found = retry(f"looking at {uri}", lambda: call(fs, "info", path))
     tag = str(found.get("ETag") or "").strip('"')
     return f"{found['size']}/{tag}" if tag else None
+
+
+def file_state(uri: str) -> str:
+    """What is another once the file was written again, without reading it."""
+    if is_local(uri):
+        here = local_path(uri).stat()
+        return f"{here.st_size}/{here.st_mtime_ns}/{here.st_ino}"
+    fs, path = filesystem(uri)
+    found = retry(f"looking at {uri}", lambda: call(fs, "info", path))
+    names = ("ETag", "etag", "LastModified", "updated", "mtime", "created")
+    return "/".join([str(found["size"]), *(str(found[name]) for name in names if found.get(name))])
 
 
 def file_size(uri: str) -> int:

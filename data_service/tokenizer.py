@@ -26,6 +26,7 @@ from data_service.unigram import train_bpe, train_unigram
 
 __all__ = [
     "END_TOKEN",
+    "TOKENIZER_FILES",
     "TokenizerFiles",
     "TrainingSample",
     "encode_documents",
@@ -42,7 +43,8 @@ _JSON = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _SPECIALS = "special_tokens_map.json"
 _TEMPLATE = "chat_template.jinja"
-_FILES = (_JSON, _CONFIG, _SPECIALS, _TEMPLATE)
+TOKENIZER_FILES = (_JSON, _CONFIG, _SPECIALS, _TEMPLATE)
+"""Names of all files that a tokenizer's folder may have here."""
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SAMPLE_BITS = 20
 _KNOWN_END_TOKENS = (END_TOKEN, "<|im_end|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
@@ -97,7 +99,7 @@ def _digest(files: Sequence[tuple[str, bytes]]) -> str:
 def folder_digest(folder_uri: str) -> str | None:
     """`TokenizerFiles.digest` of what lies in a folder; None when a file of it is gone."""
     found = []
-    for name in sorted(_FILES):
+    for name in sorted(TOKENIZER_FILES):
         try:
             found.append((name, storage.read_bytes(storage.join(folder_uri, name))))
         except FileNotFoundError:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from data_service import storage
 from data_service.shards import checksum
 
-__all__ = ["WorkFiles", "arrays_of", "arrays_to_bytes", "do_once"]
+__all__ = ["WorkFiles", "arrays_of", "arrays_to_bytes", "do_once", "write_quickly"]
 
 Result = dict[str, Any]
 """What an item tells of its work: values that JSON keeps as they are."""
@@ -36,11 +36,11 @@ class WorkFiles:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file of the work folder, replacing one that is there."""
-        _write(storage.join(self._work_uri, path), data)
+        write_quickly(storage.join(self._work_uri, path), data)
         self.written[path] = [len(data), checksum(data).hex()]
 
 
-def _write(uri: str, data: bytes) -> None:
+def write_quickly(uri: str, data: bytes) -> None:
     """As `storage.write_bytes`, without waiting for the disk."""
     if not storage.is_local(uri):
         storage.write_bytes(uri, data)
@@ -71,7 +71,7 @@ def do_once(work_uri: str, name: str, work: Callable[[WorkFiles], Result]) -> Re
     files = WorkFiles(work_uri)
     result = work(files)
     record = json.dumps({"files": files.written, "result": result}, ensure_ascii=False)
-    _write(record_uri, record.encode())
+    write_quickly(record_uri, record.encode())
     # Through JSON, so that a result is the same when it is made as when it is found.
     done: Result = json.loads(record)["result"]
     return done

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from data_service.config import DataConfig, DataServiceConfig
 from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError
-from data_service.manifest import DATASET_VERSION, DatasetManifest, PartInfo
+from data_service.manifest import DATASET_VERSION, DatasetManifest, PartInfo, SourceFileInfo
 from data_service.order import rows_of_batch
 from data_service.plan import MAX_PARTS, MAX_PLAN_BYTES, OrderSpec, Plan
 from data_service.planning import check_plan, make_plan
@@ -120,7 +120,23 @@ class TestWeights:
         with pytest.raises(ConfigError, match="the dataset also holds b"):
             make_plan(self.MANIFEST, "train", spec(weights=((0, (("a", 1.0),)),)))
         with pytest.raises(ConfigError, match="are 0 for every source with rows"):
-            make_plan(self.MANIFEST, "train", spec(weights=((5, (("a", 0.0), ("b", 0.0), ("c", 1.0))),)))
+            make_plan(self.MANIFEST, "train", spec(weights=((5, (("a", 0.0), ("b", 0.0))),)))
+
+    def test_a_weight_for_a_source_without_rows_is_refused_and_says_why(self):
+        weights = ((0, (("a", 1.0), ("b", 1.0), ("c", 0.0))), (9, (("a", 1.0), ("b", 1.0), ("c", 2.0))))
+        files = (SourceFileInfo("c", "c.csv", "d", 0, 12, 12), SourceFileInfo("a", "a.csv", "e", 0, 9, 1))
+        parts = [("a", 0, 30_001, 0), ("b", 0, 10_001, 0)]
+        with pytest.raises(ConfigError, match="from global batch 9 on.*c: no row of the train .* 12 records: all"):
+            make_plan(manifest_of(parts, files=files), "train", spec(weights=weights))
+        files = (SourceFileInfo("c", "c.csv", "d", 0, 12, 2),)
+        with pytest.raises(ConfigError, match="c: no row .* 12 records: 2 were rejected, the others repeat texts"):
+            make_plan(manifest_of(parts, files=files), "train", spec(weights=weights))
+        with pytest.raises(ConfigError, match="c: the dataset holds no row of it"):
+            make_plan(manifest_of(parts), "train", spec(weights=weights))
+        assert make_plan(manifest_of(parts, files=files), "train", spec(weights=weights[:1])).segments
+        # The evaluation takes all rows there are, whatever the weights.
+        held_out = manifest_of(parts, eval_parts=parts[:1], files=files)
+        assert make_plan(held_out, "eval", spec(weights=weights)).segments
 
     def test_an_eval_plan_has_no_weights_and_no_skips(self):
         manifest = manifest_of([("a", 0, 5000, 0)], eval_parts=[("a", 0, 501, 0), ("b", 0, 301, 0)])

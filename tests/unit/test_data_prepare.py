@@ -105,6 +105,7 @@ def test_progress_reaches_its_end(corpus, tmp_path):
     seen: list[PrepareProgress] = []
     prepare(small_config(corpus), str(tmp_path / "d"), progress=seen.append)
     assert [one.stage for one in seen if one.done == one.total] == [
+        "look",
         "read",
         "deduplicate",
         "tokenizer",

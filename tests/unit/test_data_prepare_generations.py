@@ -51,7 +51,7 @@ def test_added_files_become_a_generation_and_alone_are_read(folder, tmp_path, mo
     read: list[str] = []
     real = spool.read_records
     monkeypatch.setattr(
-        spool, "read_records", lambda file, limit: read.append(Path(file.uri).name) or real(file, limit)
+        spool, "read_records", lambda file, *rest: read.append(Path(file.uri).name) or real(file, *rest)
     )
     second = prepare(config_of(folder, "a", "b", "c"), str(dataset))
     assert read == ["1.csv", "c.csv"]

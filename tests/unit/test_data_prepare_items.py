@@ -18,6 +18,7 @@ from data_service.errors import DataError, ShardCorruptError, SourceError
 from data_service.hash_files import HASH, HashFile, encode_hashes, write_hashes
 from data_service.mapping import ProcessMapper, serial
 from data_service.readers import find_files
+from data_service.source_files import source_state
 from data_service.spool import ReadItem, Spool, read_file
 
 
@@ -94,7 +95,11 @@ def test_of_equal_documents_the_first_stays_whatever_the_sizes(tmp_path, seed):
         chunk, run = rng.randrange(20, 400), rng.randrange(5, 200)
         return Spool(
             tuple(
-                read_file(ReadItem(folder, number, file, 1000, chunk, run, True, False, None))
+                read_file(
+                    ReadItem(
+                        folder, number, file, source_state(file.uri), file.uri, 1000, chunk, run, True, False, None
+                    )
+                )
                 for number, file in enumerate(files)
             )
         )

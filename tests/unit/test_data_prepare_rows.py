@@ -91,6 +91,8 @@ def reference(dataset: Path, config: DataConfig, name: str) -> dict[str, list[tu
         if text in seen:
             continue
         seen.add(text)
+        if not any(counts[1 : config.seq_len + 1]):
+            continue
         value = int.from_bytes(blake2b(text.encode(), digest_size=16).digest()[:8], "little")
         found["eval" if value < manifest.eval_below else "train"].append((tokens, counts, label))
     return found

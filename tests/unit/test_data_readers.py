@@ -1,6 +1,8 @@
 """Source files of every format, plain and compressed: the same records, each reject with its place, bounded memory."""
 
+import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -15,7 +17,7 @@ import pytest
 
 from data_service import storage
 from data_service.config import SourceConfig
-from data_service.errors import SourceError
+from data_service.errors import DataUnavailableError, SourceError
 from data_service.readers import Message, Record, Reject, SourceFile, find_files, fingerprint, read_records
 
 LIMIT = 1 << 20
@@ -538,3 +540,36 @@ def test_a_text_repeated_by_a_dictionary_is_not_unrolled(tmp_path):
         good, _, grown = peak(tmp_path / name)
         assert good == 1200
         assert grown < 400, name
+
+
+def test_gzip_may_have_several_members_and_zeros_behind_them(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    for zeros in (0, 1, 512, (1 << 20) + 7):
+        path.write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\nthree\n") + bytes(zeros))
+        assert [record.text for record in records(only(path))] == ["one", "two", "three"]
+    path.write_bytes(gzip.compress(b"one\n") + bytes(10) + b"x")
+    with pytest.raises(SourceError, match="could not be read to its end as gzip"):
+        records(only(path))
+
+
+def test_a_failure_of_the_disk_is_no_bad_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n")
+
+    class Failing(io.BytesIO):
+        def read(self, size: int = -1, /) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "open_input", lambda uri: Failing())
+    with pytest.raises(DataUnavailableError, match=r"a\.txt was to be read: .*Input/output error.*is kept") as caught:
+        records(only(path))
+    assert (caught.value.exit_code, caught.value.retryable) == (1, True)
+
+
+def test_a_label_beyond_256_bytes_is_a_reject(tmp_path):
+    path = tmp_path / "a.jsonl"
+    labels = ["x" * 256, "x" * 257, "帆" * 86, 10**200, 10**400, -(10**900)]
+    path.write_text("".join(json.dumps({"text": "t", "label": label}) + "\n" for label in labels))
+    found = records(only(path, label="label"))
+    assert [isinstance(one, Reject) for one in found] == [False, True, True, False, True, True]
+    assert {one.reason for one in found if isinstance(one, Reject)} == {"label over-long: more than 256 bytes"}
