@@ -11,7 +11,7 @@ from typing import Literal
 
 from data_service.access import DataAccess
 from data_service.connections import Connections
-from data_service.errors import DataUnavailableError
+from data_service.errors import DataError, DataUnavailableError
 from data_service.plan import Plan
 from data_service.schema import NO_ROW, BatchSlice
 from data_service.stream import Stream
@@ -67,6 +67,7 @@ class DataClient:
             DataStalledError: when no worker delivered a batch for `stalled_s`.
             DeliveryError: when a worker delivered other rows than the plan's.
             ShardCorruptError: when no worker can read a shard that is needed.
+            DataError: when every worker refuses to answer, or the client is closed.
         """
         plan = self.plan(split)
         if not 0 <= start <= stop or (not plan.shuffle and stop > plan.num_batches):
@@ -79,6 +80,8 @@ class DataClient:
 
     def _iterate(self, stream: Stream, count: int) -> Iterator[BatchSlice]:
         with self._lock:
+            if self._closed.is_set():
+                raise DataError("a stream of batches was asked for, the data client is closed.")
             self._streams.add(stream)
         stream.start()
         try:
@@ -90,7 +93,7 @@ class DataClient:
                 self._streams.discard(stream)
 
     def close(self) -> None:
-        """End all streams and connections."""
+        """End all streams and connections; a reader that waits for a batch gets a DataError."""
         self._closed.set()
         with self._lock:
             streams = list(self._streams)

@@ -29,7 +29,7 @@ from data_service.errors import (
 )
 from data_service.members import KnownMembers, Member, MembersAnswer
 
-__all__ = ["Connections", "WorkerFailedError"]
+__all__ = ["Connections", "TokenRefusedError", "WorkerFailedError"]
 
 _LOG = logging.getLogger(__name__)
 _CONTROL_TIMEOUT_S = 1.0
@@ -54,6 +54,10 @@ _ERRORS_BY_KIND: dict[str, type[DataError]] = {
 
 class WorkerFailedError(DataUnavailableError):
     """One worker gave no answer; another may."""
+
+
+class TokenRefusedError(DataError):
+    """A worker does not take the token: it may be another run's."""
 
 
 def _named_error(error: Any) -> tuple[str | None, str]:
@@ -176,14 +180,22 @@ class Connections:
         return str(self.call("GetPlan", request, access.read_stall_s).plan_json)
 
     def _fetch_members(self) -> MembersAnswer:
+        self._drop_strangers()
         answer = self.call("Members", pb.MembersRequest(), _CONTROL_TIMEOUT_S)
         members = tuple(Member(one.worker_id, one.address, one.alive) for one in answer.members)
         return MembersAnswer(members, answer.settled)
 
+    def _drop_strangers(self) -> None:
+        """Let go of the connections to addresses that no member has any more; a call in flight still ends."""
+        addresses = {one.address for one in self.members.known()}
+        with self._lock:
+            dropped = [self._flights.pop(one) for one in list(self._flights) if one not in addresses]
+        del dropped  # the last reference closes a connection, which is not done under the lock
+
     def _report_failure(self, worker_id: str, reason: str) -> None:
-        self.call(
-            "ReportFailure", pb.ReportFailureRequest(worker_id=worker_id, reason=reason[:500]), _CONTROL_TIMEOUT_S
-        )
+        # A reason may quote anything, and protobuf takes no lone surrogate.
+        text = reason[:500].encode("utf-8", "replace").decode()
+        self.call("ReportFailure", pb.ReportFailureRequest(worker_id=worker_id, reason=text), _CONTROL_TIMEOUT_S)
 
     def _warm(self, members: Sequence[Member]) -> None:
         """Connect to new members before the first read needs them."""
@@ -238,7 +250,8 @@ class Connections:
         Raises:
             WorkerFailedError: when it does not answer in time or went away, or the answer became unwanted.
             ShardCorruptError: when it cannot read a shard.
-            DataError: when it refused the token or the ticket.
+            TokenRefusedError: when it refused the token.
+            DataError: when it refused the ticket.
         """
         try:
             reader = self._flight(address).do_get(flight.Ticket(ticket), self._options(timeout_s))
@@ -250,7 +263,7 @@ class Connections:
                     raise WorkerFailedError("another worker was faster")
             return batches
         except flight.FlightUnauthenticatedError as error:
-            raise DataError(f"data worker {address} refused the token: UNAUTHENTICATED.") from error
+            raise TokenRefusedError(f"data worker {address} refused the token: UNAUTHENTICATED.") from error
         except flight.FlightError as error:
             kind, message = _named_error(error)
             if kind is None:

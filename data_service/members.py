@@ -195,6 +195,10 @@ class KnownMembers:
                 if self._silence is None and not self._closed.is_set():
                     _LOG.warning("%s Going on with the %d workers known from before.", error, len(self._known))
                 self._silence = str(error)
+            except Exception as error:  # a thread that ends would leave the view as it is for good
+                if self._silence is None:
+                    _LOG.exception("asking for the data workers failed. Going on with those known from before.")
+                self._silence = f"{type(error).__name__}: {error}"
             if self._closed.wait(_SOONEST_S):
                 return
             self._wake.wait(REFRESH_S - _SOONEST_S)

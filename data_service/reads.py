@@ -3,7 +3,8 @@
     asked ──answer──▶ done
       │ silent for a quarter of hedge_s: is its process there at all?    yes: it is at work, wait on
       │ silent for hedge_s: ask the next member too, the first good answer counts
-      │ failed, or no answer for read_stall_s: ask the next member
+      │ failed, refused, or no answer for read_stall_s: ask the next member
+      ├ every member that lives refused, or found damage: that error
       ▼ nobody answered for stalled_s: DataStalledError
 
 Every member can answer every ticket; the owner of its shards comes first, then the others in an order that the ticket
@@ -16,8 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_service.access import DataAccess
+from data_service.connections import TokenRefusedError
 from data_service.delivery import Wanted
-from data_service.errors import DataStalledError, ShardCorruptError
+from data_service.errors import (
+    CursorMismatchError,
+    DataError,
+    DataStalledError,
+    DataUnavailableError,
+    ShardCorruptError,
+)
 from data_service.members import KnownMembers, Member
 from data_service.ticket import Ticket
 
@@ -80,7 +88,7 @@ class TicketRead:
         self._pause_until = now
         self._attempts: list[Attempt] = []
         self._failed: set[str] = set()
-        self._corrupt: dict[str, ShardCorruptError] = {}
+        self._refused: dict[str, DataError] = {}
         self._last_failure = "no data worker answered"
         self.done = False
 
@@ -89,13 +97,14 @@ class TicketRead:
 
         Raises:
             DataStalledError: when nobody answered for `stalled_s`.
-            ShardCorruptError: when every member that lives found the same rows damaged.
+            ShardCorruptError: when every member that lives found the same rows damaged, or refused the ticket.
+            DataError: when every member that lives refused the ticket.
         """
         deadline = self._began + self._access.stalled_s
         if now >= deadline:
             self.cancel()
-            if self._corrupt:
-                raise next(iter(self._corrupt.values()))
+            if damage := [one for one in self._refused.values() if isinstance(one, ShardCorruptError)]:
+                raise damage[0]
             raise stalled_error(self.ticket, self._access, self._last_failure)
         if now < self._pause_until:
             return min(self._pause_until, deadline)
@@ -121,18 +130,20 @@ class TicketRead:
         self._members.lives(attempt.member.worker_id)
         attempt.since, attempt.pinged = now, False
 
-    def failed(self, attempt: Attempt, error: Exception) -> None:
+    def failed(self, attempt: Attempt, error: DataError) -> None:
         """An attempt ended without an answer."""
         if attempt.over:
             return
         attempt.over = True
         member = attempt.member
+        if isinstance(error, DataUnavailableError):
+            self._failed.add(member.worker_id)
+        else:
+            self._refused[member.worker_id] = error
         if isinstance(error, ShardCorruptError):
             _LOG.warning("%s Asking another data worker.", error)
-            self._corrupt[member.worker_id] = error
         else:
             self._last_failure = f"{member.address}: {error}"
-            self._failed.add(member.worker_id)
             self._members.failed(member, str(error))
 
     def finish(self, attempt: Attempt) -> None:
@@ -147,7 +158,7 @@ class TicketRead:
 
     def _ask_next(self, now: float) -> bool:
         """Ask the best member that was not asked in this round; False when there is none."""
-        tried = {one.member.worker_id for one in self._attempts if not one.over} | self._failed | set(self._corrupt)
+        tried = {one.member.worker_id for one in self._attempts if not one.over} | self._failed | set(self._refused)
         candidates = [one for one in self._members.known() if one.worker_id not in tried]
         if not candidates:
             return False
@@ -170,15 +181,24 @@ class TicketRead:
         return hashlib.blake2b(key.encode(), digest_size=8).digest()
 
     def _end_round(self, now: float) -> None:
-        """Everybody was asked: give up where all found damage, else begin again after a pause."""
+        """Everybody was asked: give up where all that live refused, else begin again after a pause."""
         known = self._members.known()
-        living = [one for one in known if one.alive]
-        if self._corrupt and all(one.worker_id in self._corrupt for one in living):
-            raise next(iter(self._corrupt.values()))
+        living = [one.worker_id for one in known if one.alive]
+        if living and all(one in self._refused for one in living):
+            raise min((self._refused[one] for one in living), key=_distance)
         if not known:
             self._last_failure = "no data worker is registered"
         self._failed.clear()
         self._pause_until = now + _PAUSE_S
+
+
+def _distance(error: DataError) -> int:
+    """How little a refusal says about the data: another run's worker refuses the token, or the ticket."""
+    kinds = (ShardCorruptError, CursorMismatchError)
+    for number, kind in enumerate(kinds):
+        if isinstance(error, kind):
+            return number
+    return len(kinds) + isinstance(error, TokenRefusedError)
 
 
 def stalled_error(ticket: Ticket, access: DataAccess, last_failure: str) -> DataStalledError:

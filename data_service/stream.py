@@ -20,7 +20,7 @@ import numpy as np
 from data_service.access import DataAccess
 from data_service.connections import Connections
 from data_service.delivery import RangeArrays, Wanted, check_answer
-from data_service.errors import DataStalledError, DataUnavailableError, ShardCorruptError
+from data_service.errors import DataError, DataStalledError, DataUnavailableError
 from data_service.order_blocks import owned_rows
 from data_service.plan import Plan
 from data_service.reads import Attempt, TicketRead, stalled_error
@@ -33,7 +33,7 @@ from data_service.ticket import (
     Ticket,
 )
 
-__all__ = ["Stream"]
+__all__ = ["Stream", "shape_of_range"]
 
 _OWNER_TOKENS = 1 << 21
 """Tokens that a range asks of one owner: four messages of 1 MiB, which a worker gathers at once."""
@@ -60,6 +60,24 @@ class _Piece:
 
     range: _Range
     slots: tuple[int, int]
+
+
+def shape_of_range(seq_len: int, num_slots: int, num_workers: int, most: int) -> tuple[int, int]:
+    """How much is asked for at a time.
+
+    Args:
+        seq_len: tokens of a row, less one.
+        num_slots: slots that are read of each batch, >= 1.
+        num_workers: who share the range.
+        most: batches that there is room for, >= 1.
+
+    Returns:
+        Batches of the next range, and the slots of each that one ticket may ask for; both at least 1.
+    """
+    rows = max(1, min(MAX_TICKET_ROWS, MAX_TICKET_TOKENS // (seq_len + 1)))
+    wanted = max(1, _OWNER_TOKENS * max(1, num_workers) // (num_slots * (seq_len + 1)))
+    batches = min(wanted, most, rows, MAX_TICKET_BATCHES)
+    return batches, rows // batches
 
 
 class Stream:
@@ -104,7 +122,7 @@ class Stream:
         """The next slice; blocks, at most a little longer than `stalled_s`.
 
         Raises:
-            DataError: of the kind that ended the stream.
+            DataError: of the kind that ended the stream, or because it was closed.
         """
         # The thread gives up by itself after stalled_s; the margin only guards against a thread that cannot.
         try:
@@ -125,9 +143,10 @@ class Stream:
         return item
 
     def close(self) -> None:
-        """Let the thread end; it does so at its next step."""
+        """Let the thread end, and whoever waits in `next`; the thread does so at its next step."""
         self._closing.set()
         self._events.put(None)
+        self._ready.put(DataError("a batch was asked for, the data client was closed meanwhile."))
 
     def _run(self) -> None:
         try:
@@ -163,21 +182,19 @@ class Stream:
         """Take credits for the next range; False when there is none left, or no room."""
         if self._next >= self._stop:
             return False
-        tokens = max(1, self._end_slot - self._slots[0]) * (self._plan.seq_len + 1)
-        wanted = _OWNER_TOKENS * max(1, len(self._connections.members.trusted())) // tokens
-        most = min(MAX_TICKET_BATCHES, max(1, self._access.run_ahead // _RANGES_AHEAD), self._batches_at_once)
-        count = min(max(1, wanted), most, self._stop - self._next)
+        most = min(max(1, self._access.run_ahead // _RANGES_AHEAD), self._batches_at_once, self._stop - self._next)
+        workers = len(self._connections.members.trusted())
+        count, rows = shape_of_range(self._plan.seq_len, max(1, self._end_slot - self._slots[0]), workers, most)
         with self._credits:
             if self._free < count:
                 self._starved_of = count
                 return False
             self._free -= count
         # The first batch is to come soon, so a stream begins with a short range.
-        self._batches_at_once *= 2
+        self._batches_at_once = min(2 * self._batches_at_once, MAX_TICKET_BATCHES)
         first, last = self._next, self._next + count
         self._next = last
-        rows = min(MAX_TICKET_ROWS, MAX_TICKET_TOKENS // (self._plan.seq_len + 1)) // count
-        begins = range(self._slots[0], self._end_slot, max(1, rows))
+        begins = range(self._slots[0], self._end_slot, rows)
         opened = _Range(first, last, RangeArrays(self._plan, first, last, self._slots), len(begins))
         self._pieces.extend(_Piece(opened, (one, min(one + rows, self._end_slot))) for one in begins)
         self._ranges.append(opened)
@@ -258,7 +275,7 @@ class Stream:
                 read.alive(attempt, time.monotonic())
         elif read.done:
             return
-        elif isinstance(what, (DataUnavailableError, ShardCorruptError)):
+        elif isinstance(what, DataError):
             if isinstance(what, DataUnavailableError):
                 self._connections.forget(attempt.member.address)
             read.failed(attempt, what)
