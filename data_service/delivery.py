@@ -108,6 +108,7 @@ def check_answer(plan: Plan, wanted: Wanted, address: str, answer: Sequence[Any]
 
 
 def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> CheckedMessage:
+    _check_arrays(wanted, address, batch)
     width = plan.seq_len + 1
     row_id = _values(batch.column(2), np.uint64)
     wrong = _values(batch.column(0), np.uint64) != wanted.batch
@@ -131,15 +132,9 @@ def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> Chec
     rest = list(range(7, batch.num_columns))
     bits = _bits(batch.column(rest.pop(0))) if plan.loss_masks else None
     labels = _values(batch.column(rest.pop(0)), np.int32) if plan.num_labels else None
-    if (
-        tokens_column.null_count
-        or starts_column.null_count
-        or counts.min(initial=0) < 0
-        or offsets[0] < 0
-        or offsets[-1] > len(places)
-    ):
+    if counts.min(initial=0) < 0 or offsets[0] < 0 or offsets[-1] > len(places):
         raise DeliveryError(
-            f"data worker {address}, {wanted.at(0)}: the answer holds no tokens or no document starts for some rows. "
+            f"data worker {address}, {wanted.at(0)}: the answer holds no document starts for some rows. "
             "The worker runs another version or is broken: stop it."
         )
     starts = _values(places, np.uint32)[offsets[0] : offsets[-1]]
@@ -152,6 +147,30 @@ def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> Chec
             "other tokens than their checksums say. The worker, or the network between, damages data: replace it."
         )
     return CheckedMessage(wanted.place, row_id, tokens, length, starts, counts, bits, labels, crcs)
+
+
+def _check_arrays(wanted: Wanted, address: str, batch: Any) -> None:
+    """Refuse a message with cells that are null, or arrays that are shorter than it says.
+
+    Raises:
+        DeliveryError: naming worker, batches, rows and column.
+    """
+    found: Exception | None = None
+    names: list[str] = []
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            column.validate()
+            whole = not column.null_count and not (pa.types.is_nested(column.type) and column.values.null_count)
+        except pa.ArrowInvalid as error:
+            found, whole = error, False
+        if not whole:
+            names.append(name)
+    if names:
+        rows = wanted.row_id
+        raise DeliveryError(
+            f"data worker {address}, {wanted.at(0)} to {wanted.at(rows.size - 1)}: the answer for rows {rows[0]} to "
+            f"{rows[-1]} has no value for some cells of {names}. The worker runs another version or is broken: stop it."
+        ) from found
 
 
 def _values(column: Any, dtype: type[Any]) -> npt.NDArray[Any]:

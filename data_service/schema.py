@@ -7,16 +7,12 @@ not sent.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from data_service.plan import Plan
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["NO_LABEL", "NO_ROW", "SCHEMA_VERSION", "BatchSlice", "RowBlock", "block_to_batch", "wire_schema"]
 
@@ -100,12 +96,6 @@ class BatchSlice:
         present: npt.NDArray[np.bool_] = self.row_id != NO_ROW
         return present
 
-    def torch_tokens(self) -> "torch.Tensor":
-        """The tokens as torch.int64 [B, T+1]; torch is imported here."""
-        import torch
-
-        return torch.from_numpy(self.tokens.astype(np.int64))
-
 
 @dataclass(frozen=True)
 class RowBlock:
@@ -132,14 +122,15 @@ class RowBlock:
 def wire_schema(plan: Plan, token_dtype: np.dtype[np.unsignedinteger]) -> pa.Schema:
     """The schema of a stream of rows: batch, slot, row_id, length, row_crc, tokens, starts[, answer_bits][, label]."""
     width = plan.seq_len + 1
+    token = pa.field("token", pa.from_numpy_dtype(token_dtype), nullable=False)
     fields = [
         pa.field("batch", pa.uint64(), nullable=False),
         pa.field("slot", pa.uint32(), nullable=False),
         pa.field("row_id", pa.uint64(), nullable=False),
         pa.field("length", pa.uint32(), nullable=False),
         pa.field("row_crc", pa.uint32(), nullable=False),
-        pa.field("tokens", pa.list_(pa.field("token", pa.from_numpy_dtype(token_dtype), nullable=False), width)),
-        pa.field("starts", pa.list_(pa.field("place", pa.uint32(), nullable=False))),
+        pa.field("tokens", pa.list_(token, width), nullable=False),
+        pa.field("starts", pa.list_(pa.field("place", pa.uint32(), nullable=False)), nullable=False),
     ]
     if plan.loss_masks:
         fields.append(pa.field("answer_bits", pa.binary(-(-plan.seq_len // 8)), nullable=False))

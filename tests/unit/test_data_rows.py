@@ -302,7 +302,6 @@ def test_masks_positions_and_documents_of_a_batch():
     assert batch.loss_mask.astype(int).tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0], [0] * 6]
     assert batch.valid_tokens.tolist() == [6, 4, 0]
     assert batch.rows.tolist() == [True, True, False]
-    assert batch.torch_tokens().tolist() == batch.tokens.tolist()
     alone = slice_of(isolate_documents=True)
     # Label t is token t + 1: those at which a document begins are not predicted.
     assert alone.loss_mask.astype(int).tolist() == [[1, 1, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0], [0] * 6]
