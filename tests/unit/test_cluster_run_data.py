@@ -64,6 +64,7 @@ def dataset(generation: int = 0, digest: str = "aa") -> DatasetManifest:
         num_rejects=0,
         num_duplicates=0,
         num_truncated=0,
+        base="aa" if generation else None,
     )
 
 
