@@ -124,7 +124,7 @@ def test_a_ticket_for_one_slot_of_a_huge_batch_costs_one_row(written, worker):
     plan = make_plan(written.manifest, "train", small_order(global_batch=2**30))
     started = time.monotonic()
     assert worker.table(Ticket(plan, 5, 6, (2**29, 2**29 + 1))).num_rows == 1
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("damage", ["bit", "gone", "short"])
