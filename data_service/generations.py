@@ -77,6 +77,15 @@ class Request:
         text = json.dumps({"settings": self.settings, "files": files}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    @property
+    def common_settings(self) -> dict[str, str]:
+        """Those that are not of one source."""
+        return {name: value for name, value in self.settings.items() if not name.startswith(_SOURCE_KEY)}
+
+    def columns_of(self, file: InputFile) -> str:
+        """The settings of a file's source."""
+        return self.settings[_source_setting(file.file.name)]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -196,8 +205,12 @@ def _settings(config: DataConfig, tokenizer: TokenizerFiles | None, template: st
         for name, value in train.model_dump().items():
             settings[f"data.tokenizer.train.{name}"] = str(value)
     for name, source in zip(config.source_names, config.sources, strict=True):
-        settings[f"{_SOURCE_KEY}{name!r} (text, messages, label)"] = _columns(source)
+        settings[_source_setting(name)] = _columns(source)
     return settings
+
+
+def _source_setting(name: str) -> str:
+    return f"{_SOURCE_KEY}{name!r} (text, messages, label)"
 
 
 def _columns(source: SourceConfig) -> str:

@@ -14,9 +14,12 @@ machine's file systems one process prepares into a folder at a time.
 Owns the order of these stages, and what is published. Refuses to overwrite another dataset.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -25,6 +28,7 @@ from data_service.claim import claim_folder, remove_leftovers, work_folder
 from data_service.config import DataConfig
 from data_service.errors import ConfigError, DataError, DataUnavailableError, SourceError
 from data_service.generations import InputFile, Request, Target, files_of, find_target, known_files, look_at
+from data_service.kept_reading import keep_reading
 from data_service.manifest import DatasetManifest, check_no_gap, manifest_name, read_manifests
 from data_service.mapping import Mapper, serial
 from data_service.progress import PrepareProgress, Report
@@ -47,7 +51,7 @@ __all__ = ["PrepareProgress", "prepare"]
 
 _LOG = logging.getLogger(__name__)
 _SIZES = Sizes()
-_WORK_VERSION = 1
+_WORK_VERSION = 2
 """Changes whenever the files of a work folder would mean something else."""
 
 
@@ -70,7 +74,8 @@ def prepare(
 
     Raises:
         ConfigError: when `dataset_uri` holds a dataset made of something else, naming what differs, or cannot hold one.
-        DataUnavailableError: when another process prepares there and does not end.
+        DataUnavailableError: when another process prepares there and does not end, or something cannot be read or
+            written now; what was finished is kept.
         SourceError: when a source cannot be used or too many records were rejected.
     """
     report = progress or (lambda _: None)
@@ -80,7 +85,7 @@ def prepare(
         remove_leftovers(dataset_uri)
         return target.manifest
     storage.check_commits(dataset_uri)
-    with claim_folder(dataset_uri):
+    with claim_folder(dataset_uri), _told_failures(dataset_uri):
         # Another process may have prepared, or restored, while this one waited, and sources may have changed.
         if storage.is_local(dataset_uri):
             request = look_at(config, {(one.file.uri, one.state): one.digest for one in request.files}, report)
@@ -98,6 +103,24 @@ def prepare(
         if target.manifest is not None:
             return target.manifest
         return _add(_job(request, target.new_files, target.generations, dataset_uri, mapper, report))
+
+
+@contextlib.contextmanager
+def _told_failures(dataset_uri: str) -> Iterator[None]:
+    """What the file system or the store refuses becomes an error that says where, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = (
+            "Make room there (about twice the text is needed), or set data.dataset to a folder with more."
+            if full
+            else "Prepare again when it can be reached, or set data.dataset to another folder."
+        )
+        raise DataUnavailableError(
+            f"{error.filename or dataset_uri}: preparing {dataset_uri} failed ({error.strerror or error}). What was "
+            f"finished is kept. {hint}"
+        ) from error
 
 
 def _target(request: Request, dataset_uri: str) -> Target:
@@ -120,18 +143,27 @@ def _job(
     mapper: Mapper,
     report: Report,
 ) -> Job:
-    """A generation to prepare, in the work folder of just this work."""
+    """A generation to prepare, in a work folder.
+
+    On this machine that of its settings, with what was read before of the files asked for; on a store, where others may
+    be at work, that of just this work.
+    """
+    identities = [json.dumps([*one.identity, one.named, request.columns_of(one)], ensure_ascii=False) for one in files]
+    local = storage.is_local(dataset_uri)
     parts = {
         "work": _WORK_VERSION,
         "libraries": [version(name) for name in ("stormjib", "tokenizers")],
         "sizes": asdict(_SIZES),
-        "settings": request.settings,
-        "files": [(*one.identity, one.file.uri) for one in files],
+        "settings": request.common_settings,
+        "files": [] if local else identities,
         "generation": len(earlier),
         "base": earlier[-1].digest if earlier else None,
     }
     key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return Job(request, files, earlier, dataset_uri, work_folder(dataset_uri, key), mapper, report, _SIZES)
+    work_uri = work_folder(dataset_uri, key)
+    if local:
+        keep_reading(work_uri, identities)
+    return Job(request, files, earlier, dataset_uri, work_uri, mapper, report, _SIZES)
 
 
 def _build(job: Job) -> Assembly:
@@ -162,12 +194,14 @@ def _add(job: Job) -> DatasetManifest:
         if found is None:
             raise
         return found
-    except (ConfigError, SourceError):
+    except (ConfigError, SourceError) as error:
         rejects = rejects_file(job.generation)
         if storage.exists(storage.join(job.work_uri, rejects)) and not storage.exists(uri):
             storage.move_file(storage.join(job.work_uri, rejects), storage.join(job.dataset_uri, rejects))
-        # Nothing else that was done is of use for what will be asked for next.
-        storage.remove_tree(job.work_uri)
+        if isinstance(error, ConfigError):
+            # Nothing that was done is of use for what will be asked for next.
+            storage.remove_tree(job.work_uri)
+        # Else what was read of the other files is, once one is mended or a limit raised.
         raise
     if found is None:
         move_into_place(job, assembly, is_new=True)
@@ -206,11 +240,7 @@ def _found_meanwhile(job: Job) -> DatasetManifest | None:
 
 def _restore(job: Job, old: DatasetManifest) -> None:
     """Write the files of a generation again; they must be those that its manifest names."""
-    try:
-        assembly = _build(job)
-    except (ConfigError, SourceError):
-        storage.remove_tree(job.work_uri)
-        raise
+    assembly = _build(job)
     made = assembly.manifest
     if (made.digest, made.index_digests) != (old.digest, old.index_digests):
         storage.remove_tree(job.work_uri)

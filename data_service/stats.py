@@ -40,6 +40,9 @@ class SplitStatistics:
 
     documents: int
     tokens: int
+    """In the shards, end tokens included."""
+    cut_tokens: int
+    """Of chats and labelled texts, behind the end of their row."""
     bytes: int
     """Of text, in UTF-8."""
     rows: int
@@ -63,6 +66,8 @@ class SourceStatistics:
     duplicates: int
     truncated: int
     """Chats and labelled texts that lost their end."""
+    left_out: Mapping[str, int]
+    """Reason → good documents that are in no row."""
     splits: Mapping[str, SplitStatistics]
 
 
@@ -139,6 +144,7 @@ def describe(
                 reject_reasons=one.reject_reasons,
                 duplicates=one.num_duplicates,
                 truncated=one.num_truncated,
+                left_out=one.left_out,
                 splits=splits,
             )
         )
@@ -163,7 +169,8 @@ def _split(counts: SourceCounts, split: str, manifest: DatasetManifest, plans: M
     places = 0 if plan is None else rows * (plan.seq_len + (manifest.rows != "stream"))
     return SplitStatistics(
         documents=found.documents,
-        tokens=found.tokens,
+        tokens=stored,
+        cut_tokens=found.tokens - stored,
         bytes=found.num_bytes,
         rows=rows,
         padding=max(0.0, 1.0 - stored / places) if places else 0.0,

@@ -51,8 +51,10 @@ def write_quickly(uri: str, data: bytes) -> None:
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write that found no room does not say where
+            error.filename = str(path)
         raise
 
 

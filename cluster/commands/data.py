@@ -19,6 +19,7 @@ __all__ = ["add_arguments", "execute"]
 
 _BAR = 40
 _SHOWN_CHARACTERS = 240
+_SHOWN_LABEL = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,17 +88,20 @@ def _stats_lines(found: "Statistics") -> Iterator[str]:
         )
         for reason, count in sorted(one.reject_reasons.items(), key=lambda item: (-item[1], item[0])):
             yield f"  rejected {count:>10,}  {reason}"
+        for reason, count in one.left_out.items():
+            yield f"  left out {count:>10,}  {reason}"
         for name, split in one.splits.items():
             if split.lengths is None:
                 yield f"  {name}: no documents"
                 continue
-            per_token = split.bytes / split.tokens
+            per_token = split.bytes / (split.tokens + split.cut_tokens)
+            cut = f" and {split.cut_tokens:,} cut off" * bool(split.cut_tokens)
             yield (
-                f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens ({per_token:.2f} bytes each), "
+                f"  {name}: {split.documents:,} documents, {split.tokens:,} tokens{cut} ({per_token:.2f} bytes each), "
                 f"{split.rows:,} rows, {split.padding:.1%} of them padding"
             )
             for label, count in split.labels.items():
-                yield f"    class {label}: {count:,}"
+                yield f"    class {_label(label)}: {count:,}"
             yield from _length_lines(split.lengths)
     yield ""
     yield from _mixture_lines(found.mixture)
@@ -188,7 +192,7 @@ def _show(config: RunConfig, dataset: "DatasetManifest", arguments: argparse.Nam
 
 
 def _row_lines(row: "ShownRow") -> Iterator[str]:
-    label = "" if row.label is None else f", class {_printable(row.label)}"
+    label = "" if row.label is None else f", class {_label(row.label)}"
     yield (
         f"slot {row.slot}: row {row.row} of {row.source}, generation {row.generation} ({row.shard}, id "
         f"{row.row_id:#x}), {row.length} tokens, {row.num_labels} labels{label}"
@@ -206,6 +210,12 @@ def _mark(piece: "TextPiece", masked: bool) -> str:
 def _printable(text: str) -> str:
     """Text without anything that a terminal would act on."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _label(text: str) -> str:
+    """A class's name on one line of a terminal."""
+    shown = _printable(text)
+    return shown if len(shown) <= _SHOWN_LABEL else f"{shown[:_SHOWN_LABEL]}…"
 
 
 def _shortened(text: str) -> str:

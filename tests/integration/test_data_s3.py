@@ -16,7 +16,7 @@ import pytest
 
 from data_service import conditional_put, object_store, storage
 from data_service.config import SourceConfig
-from data_service.errors import ConfigError, SourceError
+from data_service.errors import ConfigError, DataUnavailableError, SourceError
 from data_service.readers import Record, find_files, fingerprint, read_records
 from tests.helpers.s3_faults import Fault, FaultProxy
 
@@ -314,7 +314,7 @@ def test_globs_names_and_identities_on_s3(corpus, proxy):
 def test_a_source_that_stays_broken_is_named(corpus, proxy):
     (file,) = find_files((SourceConfig(path=f"{corpus}/deep/d.csv"),))
     proxy.faults = [Fault("truncate", "d.csv", times=-1)]
-    with pytest.raises(SourceError, match=r"deep/d\.csv was to be read: .* failed 5 times"):
+    with pytest.raises(DataUnavailableError, match=r"deep/d\.csv was to be read: .* failed 5 times"):
         list(read_records(file, 1 << 20))
     # A compressed file whose bytes are not what they were.
     (packed,) = find_files((SourceConfig(path=f"{corpus}/deep/c.jsonl.gz"),))
