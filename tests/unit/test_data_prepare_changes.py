@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.commands.data import _label as shown_label
 from data_service import generations, reading, spool, stages
 from data_service.config import RejectsConfig, SourceConfig
 from data_service.counts import NO_ANSWER, read_counts
@@ -17,6 +18,7 @@ from data_service.plan import OrderSpec
 from data_service.planning import make_plan
 from data_service.prepare import prepare
 from data_service.progress import PrepareProgress
+from data_service.stats import describe
 from tests.helpers.data_runs import order_of, reviews, small_config, write_csv
 from tests.unit.test_data_prepare import all_bytes
 from tests.unit.test_data_prepare_rows import TEMPLATE
@@ -256,3 +258,24 @@ def test_classes_are_limited_in_all(tmp_path, monkeypatch):
     config = small_config(tmp_path / "a.csv").model_copy(update={"sources": tuple(sources), "rows": "document"})
     with pytest.raises(SourceError, match="columns of a, b have 12 values together, at most 10 classes"):
         prepare(config, str(tmp_path / "d"))
+
+
+def test_statistics_tell_stored_tokens_and_those_cut_off(tmp_path):
+    lines = ["text,label", *(f"{'word ' * (5 + 40 * (number % 2))}{number},x" for number in range(40))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    source = SourceConfig(path=str(tmp_path / "a.csv"), label="label")
+    config = small_config(tmp_path / "a.csv").model_copy(update={"sources": (source,), "rows": "document"})
+    manifest = prepare(config, str(tmp_path / "d"))
+    assert manifest.num_truncated == 20
+    plans = {split: make_plan(manifest, split, order_of(config)) for split in ("train", "eval")}
+    (counts,) = read_counts(str(tmp_path / "d"), 0)
+    (found,) = describe(str(tmp_path / "d"), manifest, [counts], plans, 3).sources
+    for split in ("train", "eval"):
+        assert found.splits[split].tokens == manifest.num_tokens(split)
+        assert found.splits[split].tokens + found.splits[split].cut_tokens == counts.splits[split].tokens
+    assert found.splits["train"].cut_tokens > 0
+
+
+def test_classes_are_shown_short_and_printable():
+    assert shown_label("good\x1b[31m") == "good\\x1b[31m"
+    assert shown_label("x" * 100) == "x" * 60 + "…"
