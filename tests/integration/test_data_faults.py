@@ -168,5 +168,5 @@ def test_all_workers_stopped_is_a_stall_within_its_deadline(dataset):
             began = time.monotonic()
             with pytest.raises(DataStalledError, match=r"within 3\.0 s \(data\.service\.stalled_s\)"):
                 drain()
-            assert 2.0 < time.monotonic() - began < 8.0
+            assert 2.0 < time.monotonic() - began < 13.0
         client.close()

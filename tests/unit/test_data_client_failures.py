@@ -149,7 +149,7 @@ def test_a_control_plane_that_is_away_is_waited_for_and_the_next_one_asked(datas
     began = time.monotonic()
     with pytest.raises(DataUnavailableError, match="none answers"):
         alone.plan("train")
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < 11
     alone.close()
     client = DataClient(replace(access, control=(nobody, service.control), stalled_s=20.0))
     assert read_hashes(client, 0, 2, 1) == [dataset.hash_of_step(client.plan("train"), step) for step in range(2)]
