@@ -24,6 +24,7 @@ from data_service.errors import ConfigError
 
 __all__ = [
     "Piece",
+    "ReplacedError",
     "call",
     "configure_s3",
     "fetch",
