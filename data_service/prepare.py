@@ -79,12 +79,13 @@ def prepare(
         SourceError: when a source cannot be used or too many records were rejected.
     """
     report = progress or (lambda _: None)
-    request = look_at(config, known_files(read_manifests(dataset_uri)), report)
-    target = _target(request, dataset_uri)
-    if target.manifest is not None and not _damaged(dataset_uri, target):
-        remove_leftovers(dataset_uri)
-        return target.manifest
-    storage.check_commits(dataset_uri)
+    with _told_failures(dataset_uri):
+        request = look_at(config, known_files(read_manifests(dataset_uri)), report)
+        target = _target(request, dataset_uri)
+        if target.manifest is not None and not _damaged(dataset_uri, target):
+            remove_leftovers(dataset_uri)
+            return target.manifest
+        storage.check_commits(dataset_uri)
     with claim_folder(dataset_uri), _told_failures(dataset_uri):
         # Another process may have prepared, or restored, while this one waited, and sources may have changed.
         if storage.is_local(dataset_uri):

@@ -75,6 +75,7 @@ def find_files(sources: tuple[SourceConfig, ...]) -> list[SourceFile]:
     Raises:
         SourceError: when a path names no file, a file's format cannot be told or has not what is asked of it, or a file
             is reached twice.
+        DataUnavailableError: when a store gives no answer.
     """
     files: list[SourceFile] = []
     reached: dict[object, SourceFile] = {}
@@ -92,7 +93,9 @@ def find_files(sources: tuple[SourceConfig, ...]) -> list[SourceFile]:
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from error
         except OSError as error:
-            raise SourceError(f"{key}: it cannot be looked up: {error}. Check the address and the rights.") from error
+            # A store that keeps silent may answer later; a file system that refuses will go on refusing.
+            kind = SourceError if storage.is_local(source.path) else DataUnavailableError
+            raise kind(f"{key}: it cannot be looked up: {error}. Check the address and the rights.") from error
     return files
 
 

@@ -19,7 +19,7 @@ from data_service import storage
 from data_service.access import DataAccess
 from data_service.client import DataClient
 from data_service.config import DataConfig, SourceConfig
-from data_service.errors import ShardCorruptError, SourceError
+from data_service.errors import DataUnavailableError, ShardCorruptError
 from data_service.manifest import read_manifest
 from data_service.order import rows_of_batch, shards_of
 from data_service.prepare import prepare
@@ -211,5 +211,7 @@ def test_a_store_that_gives_no_answer_is_named(proxy, tmp_path):
     config = small_config(Path("unused")).model_copy(
         update={"sources": (SourceConfig(path=f"s3://bucket/{tmp_path.name}/a.txt"),)}
     )
-    with pytest.raises(SourceError, match=r"data\.sources\.0\.path=s3://.* failed 5 times"):
+    with pytest.raises(DataUnavailableError, match=r"s3://bucket/.* failed 5 times"):
         prepare(config, f"s3://bucket/{tmp_path.name}/dataset")
+    with pytest.raises(DataUnavailableError, match=r"s3://bucket/.*/a\.txt .*failed 5 times"):
+        prepare(config, str(tmp_path / "dataset"))
