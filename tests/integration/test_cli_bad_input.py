@@ -157,8 +157,9 @@ def test_a_failing_disk_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
     checked = stormjib("prepare", str(file), "data.dataset=/dev/full/dataset")
     assert checked.returncode == 1
     (line,) = checked.stderr.splitlines()
-    assert line.startswith("stormjib prepare: NotADirectoryError: ")
-    assert "Check the path" in line
+    assert line.startswith("stormjib prepare: /dev/full/dataset/manifest.json: ")
+    assert "Not a directory" in line
+    assert "data.dataset" in line
 
 
 def test_overrides_may_stand_after_options(tmp_path: Path) -> None:
