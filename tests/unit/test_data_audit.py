@@ -1,10 +1,8 @@
 """The audit: the hash of each step against the rows of the dataset."""
 
-from pathlib import Path
-
 import pytest
 
-from data_service import cache, storage
+from data_service import storage
 from data_service.audit import SampleAudit
 from data_service.errors import DeliveryError, ShardCorruptError
 from data_service.plan import OrderSpec, Plan
@@ -68,14 +66,16 @@ def test_a_large_step_is_audited_in_pieces(audited, monkeypatch):
     assert audit.expected(1) == dataset.hash_of_step(plan, 1)
 
 
-def test_an_audit_of_a_remote_dataset_keeps_shards_where_it_is_told_and_counts_what_it_reads(tmp_path, monkeypatch):
+def test_an_audit_of_a_remote_dataset_keeps_shards_where_it_is_told_and_counts_what_it_reads(tmp_path):
     """Each shard once, however many of its rows are audited."""
     dataset = stream_dataset(tmp_path / "d")
-    monkeypatch.setattr(cache.storage, "is_local", lambda _: False)
-    monkeypatch.setattr(cache.storage, "read_bytes", lambda uri: Path(uri).read_bytes())
+    remote = f"memory://audit-{tmp_path.name}"
+    for path in (tmp_path / "d").rglob("*"):
+        if path.is_file():
+            storage.write_bytes(storage.join(remote, path.relative_to(tmp_path / "d").as_posix()), path.read_bytes())
     plan = plan_of(dataset)
     folder = tmp_path / "kept"
-    audit = SampleAudit(dataset.uri, plan, dataset.manifest, cache_bytes=1 << 30, cache_dir=str(folder))
+    audit = SampleAudit(remote, plan, dataset.manifest, cache_bytes=1 << 30, cache_dir=str(folder))
     try:
         for step in range(plan.num_batches):
             assert audit.expected(step) == dataset.hash_of_step(plan, step)
@@ -84,3 +84,4 @@ def test_an_audit_of_a_remote_dataset_keeps_shards_where_it_is_told_and_counts_w
         assert audit.num_read_bytes == sum(path.stat().st_size for path in shards)
     finally:
         audit.close()
+        storage.remove_tree(remote)

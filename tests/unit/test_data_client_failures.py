@@ -21,30 +21,14 @@ from data_service.errors import (
     ShardCorruptError,
 )
 from data_service.order import shards_of
-from data_service.plan import PLAN_VERSION, Plan, PlanPart, Segment
 from data_service.rows import ShardRows
 from data_service.stream import Stream, shape_of_range
 from data_service.ticket import MAX_TICKET_BATCHES, Ticket
 from tests.helpers.data_runs import GLOBAL_BATCH, read_hashes, running_service, small_order
+from tests.helpers.plans import hand_made
 from tests.helpers.written_datasets import WrittenPart, random_documents, stream_dataset, write_dataset
 
-PLAN = Plan(
-    version=PLAN_VERSION,
-    dataset_digest="made-up",
-    split="train",
-    rows="stream",
-    seed=1,
-    seq_len=32,
-    global_batch=8,
-    window_shards=3,
-    shuffle=True,
-    isolate_documents=False,
-    loss_masks=False,
-    num_labels=0,
-    parts=(PlanPart("a", 0, 1000, 64),),
-    segments=(Segment(0, (1,)),),
-    skip=(),
-)
+PLAN = hand_made([("a", 0, 1000, 64)], seq_len=32, seed=1, dataset="made-up")
 
 
 @pytest.fixture(scope="module")

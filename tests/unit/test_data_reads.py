@@ -15,28 +15,12 @@ from data_service.errors import (
     ShardCorruptError,
 )
 from data_service.members import KnownMembers, Member, MembersAnswer
-from data_service.plan import PLAN_VERSION, Plan, PlanPart, Segment
 from data_service.reads import TicketRead
 from data_service.ticket import Ticket
 from tests.helpers.data_runs import TOKEN, small_order
+from tests.helpers.plans import hand_made
 
-PLAN = Plan(
-    version=PLAN_VERSION,
-    dataset_digest="made-up",
-    split="train",
-    rows="stream",
-    seed=1,
-    seq_len=32,
-    global_batch=8,
-    window_shards=3,
-    shuffle=True,
-    isolate_documents=False,
-    loss_masks=False,
-    num_labels=0,
-    parts=(PlanPart("a", 0, 1000, 64),),
-    segments=(Segment(0, (1,)),),
-    skip=(),
-)
+PLAN = hand_made([("a", 0, 1000, 64)], seq_len=32, seed=1, dataset="made-up")
 ACCESS = DataAccess(("a:1",), TOKEN, small_order(), "made-up", hedge_s=0.3, read_stall_s=3.0, stalled_s=20.0)
 NAMES = ("w0", "w1", "w2", "w3")
 
