@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -73,13 +74,16 @@ class Holder:
         """Answer."""
 
 
-@pytest.mark.timeout(180)
-def test_slots_that_others_hold_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def pool_beside_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait_s: int
+) -> Iterator[tuple[NodePool, RunWriter, Any]]:
+    """A started pool on a cluster of one node, of whose two CPUs the holder has one."""
     monkeypatch.setattr(node_pool, "AGENT_S", 3.0)
     file = write_run(tmp_path, slots=2)
     with LocalCluster.start(nodes=0, slots=1, head_cpus=2, object_store_bytes=OBJECT_STORE) as other:
         with shown_token(other.client_environment()):
-            overrides = (f"cluster.address={other.address}", "cluster.wait_s=60")
+            overrides = (f"cluster.address={other.address}", f"cluster.wait_s={wait_s}")
             config = load_config(file, list(overrides))
             with (
                 open_session(config.cluster, config.serve) as session,
@@ -88,35 +92,29 @@ def test_slots_that_others_hold_are_waited_for(tmp_path: Path, monkeypatch: pyte
                 holder = Holder.options(num_cpus=1).remote()
                 ray.get(holder.here.remote())
                 pool.start()
-                assert pool.agents() == {}
-                assert named(writer, "nodes_ready")[-1]["nodes"] == []
-                reasons: list[str] = []
+                yield pool, writer, holder
 
-                def give_back(reason: str) -> None:
-                    reasons.append(reason)
-                    ray.kill(holder)
 
-                placement = pool.place(2, 1, on_wait=give_back)
-                assert len(placement.describe()) == 2
-                assert len(reasons) == 1
-                assert len(named(writer, "nodes_ready")) == 2, "a node that came late is not announced"
-                assert named(writer, "node_lost") == []
+@pytest.mark.timeout(180)
+def test_slots_that_others_hold_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool_beside_a_holder(tmp_path, monkeypatch, wait_s=60) as (pool, writer, holder):
+        assert pool.agents() == {}
+        assert named(writer, "nodes_ready")[-1]["nodes"] == []
+        reasons: list[str] = []
+
+        def give_back(reason: str) -> None:
+            reasons.append(reason)
+            ray.kill(holder)
+
+        placement = pool.place(2, 1, on_wait=give_back)
+        assert len(placement.describe()) == 2
+        assert len(reasons) == 1
+        assert len(named(writer, "nodes_ready")) == 2, "a node that came late is not announced"
+        assert named(writer, "node_lost") == []
 
 
 @pytest.mark.timeout(120)
 def test_a_mesh_that_never_fits_is_the_configuration_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_pool, "AGENT_S", 3.0)
-    file = write_run(tmp_path, slots=2)
-    with LocalCluster.start(nodes=0, slots=1, head_cpus=2, object_store_bytes=OBJECT_STORE) as other:
-        with shown_token(other.client_environment()):
-            overrides = (f"cluster.address={other.address}", "cluster.wait_s=2")
-            config = load_config(file, list(overrides))
-            with (
-                open_session(config.cluster, config.serve) as session,
-                pool_on(session, file, *overrides) as (pool, _),
-            ):
-                holder = Holder.options(num_cpus=1).remote()
-                ray.get(holder.here.remote())
-                pool.start()
-                with pytest.raises(ConfigError, match="others hold"):
-                    pool.place(1, 2, on_wait=lambda _: None)
+    with pool_beside_a_holder(tmp_path, monkeypatch, wait_s=2) as (pool, _, _):
+        with pytest.raises(ConfigError, match="others hold"):
+            pool.place(1, 2, on_wait=lambda _: None)
