@@ -15,7 +15,7 @@ help:
 	@echo "make proto      generated code of the control plane's protocol"
 	@echo "make clean      remove .venv, caches and runs"
 
-$(VENV)/.ready: requirements-dev.lock pyproject.toml
+$(VENV)/.ready: requirements-dev.lock pyproject.toml setup.py data_service/native/rows.c
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Stormjib needs Python 3.11 or newer; set PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(PY) -m pip install --quiet --requirement requirements-dev.lock
@@ -51,5 +51,5 @@ proto:
 	build/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. data_service/control.proto
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info stormjib_rows*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,8 +3,9 @@
     python -m benchmarks.data_service --peers PEERS        (see benchmarks/peers/__init__.py; left out where not given)
 
 Everybody reads rows of 1,024 tokens from the same tokens on the same machine, an epoch at a time, best of `--repeats`.
-Ours are two data workers and a client, each a process, over loopback: every row is looked up, gathered, checksummed,
-sent, checked against the plan and copied into its batch. Raw Flight sends messages of the same size that lie in memory.
+Ours are one or two data workers and a client, each a process, over loopback: every row is looked up, gathered,
+checksummed, sent, checked against the plan and copied into its batch. Raw Flight sends messages of the same size that
+lie in memory, in one stream and in two.
 The time of processors is that of the reading process (the trainer's share) and of the serving ones.
 
 Prints a table, and ends with one line of JSON.
@@ -17,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,16 @@ from benchmarks.parts.failover import measure_failover
 from benchmarks.parts.seek import measure_seek
 from benchmarks.parts.usage import Reading
 from data_service.plan import OrderSpec
+from data_service.server import MESSAGE_BYTES
 from tests.helpers.data_fleet import fleet
 from tests.helpers.written_datasets import WrittenDataset, WrittenPart, write_dataset
 
 SEQ_LEN = 1024
 BATCH = 64
 RUN_AHEAD = 256
-NUM_WORKERS = 2
-MESSAGE_ROWS = (1 << 20) // (2 * (SEQ_LEN + 1))
+NUM_WORKERS = (1, 2)
+"""Settings of ours, as one and two streams are of raw Flight."""
+MESSAGE_ROWS = MESSAGE_BYTES // (2 * (SEQ_LEN + 1))
 
 
 def write_tokens(folder: Path, num_tokens: int) -> tuple[WrittenDataset, Path]:
@@ -88,15 +92,16 @@ def raw_flight(num_tokens: int) -> tuple[list[Reading], float]:
     return found
 
 
-def ours(dataset: WrittenDataset, num_tokens: int) -> tuple[list[Reading], float]:
+def ours(dataset: WrittenDataset, num_tokens: int, num_workers: int) -> tuple[list[Reading], float]:
     """The data service; its first epoch, in which shards are verified, is read before."""
     steps = str(num_tokens // (SEQ_LEN + 1) // BATCH)
-    with fleet(dataset, NUM_WORKERS) as running:
+    with fleet(dataset, num_workers) as running:
         order = OrderSpec(seed=1, seq_len=SEQ_LEN, global_batch=BATCH, window_shards=16)
         access = running.access(order, run_ahead=RUN_AHEAD).to_json() + "\n"
         _run("benchmarks.parts.reader", steps, str(BATCH), "1", text=access)
         processes = [psutil.Process(one.pid) for one in running.workers]
-        return _served(processes, lambda: _run("benchmarks.parts.reader", steps, str(BATCH), "2", text=access))
+        found, cost = _served(processes, lambda: _run("benchmarks.parts.reader", steps, str(BATCH), "3", text=access))
+    return [replace(one, setting=f"{num_workers} workers, {one.setting}") for one in found], cost
 
 
 def _line(name: str, best: Reading, served: float | None) -> None:
@@ -115,7 +120,7 @@ def throughput(folder: Path, dataset: WrittenDataset, tokens: Path, options: arg
     for _ in range(options.repeats):
         for name, (found, cost) in (
             ("raw Flight", raw_flight(options.tokens)),
-            ("stormjib", ours(dataset, options.tokens)),
+            *(("stormjib", ours(dataset, options.tokens, count)) for count in NUM_WORKERS),
         ):
             readings.setdefault(name, []).extend(found)
             served.setdefault(name, []).append(cost)

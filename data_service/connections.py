@@ -28,6 +28,7 @@ from data_service.errors import (
     ShardCorruptError,
 )
 from data_service.members import KnownMembers, Member, MembersAnswer
+from data_service.memory import Blocks, keep_freed_memory
 
 __all__ = ["Connections", "TokenRefusedError", "WorkerFailedError"]
 
@@ -139,6 +140,9 @@ class Connections:
         self._closed = False
         self._flights: dict[str, Any] = {}
         self._threads = _Threads(_MAX_THREADS)
+        self.blocks = Blocks()
+        """Memory of the batches that streams fill."""
+        keep_freed_memory()
         self.members = KnownMembers(self._fetch_members, self._report_failure, self._warm)
         """Who may be asked."""
         self.members.start()

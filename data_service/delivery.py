@@ -1,7 +1,7 @@
 """What arrived, checked against the plan and put in its slots.
 
     rows of a range of batches ─ Wanted ─┐
-    record batches of one worker ────────┴ check_answer ─▶ checked messages ─ RangeArrays.place ─▶ BatchSlice per batch
+    record batches of one worker ────────┴ RangeArrays.take: columns ─ checked ─▶ placed ─▶ BatchSlice per batch
 
 Owns verification: batch, slot and row ids, lengths, document starts and checksums that this side computes itself.
 Refuses to place a row that is not the plan's. No network here.
@@ -17,13 +17,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_service.errors import DeliveryError
-from data_service.hashing import row_crcs
-from data_service.memory import pooled_array
+from data_service.memory import Blocks
 from data_service.plan import Plan
+from data_service.row_kernel import place
 from data_service.schema import NO_LABEL, NO_ROW, BatchSlice, wire_schema
 
-__all__ = ["CheckedMessage", "RangeArrays", "Wanted", "check_answer"]
-
+__all__ = ["RangeArrays", "Wanted"]
 
 _TOKEN_TYPES: dict[int, type[np.unsignedinteger]] = {16: np.uint16, 32: np.uint32}
 
@@ -41,24 +40,27 @@ class Wanted:
     place: npt.NDArray[np.int64]
     """[n]: row of `RangeArrays` to put it in."""
 
+    def part(self, begin: int, end: int) -> "Wanted":
+        """Its rows [begin, end)."""
+        rows = slice(begin, end)
+        return Wanted(self.batch[rows], self.slot[rows], self.row_id[rows], self.place[rows])
+
     def at(self, number: int) -> str:
         """Where a row belongs, for messages."""
         return f"global batch {self.batch[number]}, slot {self.slot[number]}"
 
 
 @dataclass(frozen=True)
-class CheckedMessage:
-    """A record batch whose rows are the plan's, as arrays over its memory; n rows."""
+class _Message:
+    """A record batch that claims to hold the plan's rows, as arrays over its memory; n rows."""
 
-    place: npt.NDArray[np.int64]
-    row_id: npt.NDArray[np.uint64]
     tokens: npt.NDArray[np.unsignedinteger]
     """[n, T+1]"""
     length: npt.NDArray[np.uint32]
     starts: npt.NDArray[np.uint32]
     """[S]: places of document starts, row after row."""
-    start_counts: npt.NDArray[np.int32]
-    """[n]: how many of them each row has."""
+    offsets: npt.NDArray[np.int32]
+    """[n+1]: row i has starts[offsets[i]:offsets[i+1]]."""
     answer_bits: npt.NDArray[np.uint8] | None
     labels: npt.NDArray[np.int32] | None
     row_crc: npt.NDArray[np.uint32]
@@ -70,46 +72,14 @@ def _schemas(plan: Plan) -> tuple[pa.Schema, ...]:
     return tuple(wire_schema(plan, np.dtype(kind)) for kind in (np.uint16, np.uint32))
 
 
-def check_answer(plan: Plan, wanted: Wanted, address: str, answer: Sequence[Any]) -> list[CheckedMessage]:
-    """Check the answer to a ticket.
-
-    Args:
-        plan: of the ticket.
-        wanted: the rows that it asks for.
-        address: who answered, for messages.
-        answer: its record batches.
+def _message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> _Message:
+    """The columns of a record batch whose ids are those of the plan.
 
     Raises:
-        DeliveryError: naming worker, batches and rows, when anything differs from the plan.
+        DeliveryError: naming worker, batch and rows, when they are others, or a column cannot be read.
     """
-    schemas = _schemas(plan)
-    checked: list[CheckedMessage] = []
-    begin = 0
-    for batch in answer:
-        if not any(batch.schema.equals(schema, check_metadata=True) for schema in schemas):
-            raise DeliveryError(
-                f"data worker {address}: the answer has another schema, {batch.schema.names}. Use one version."
-            )
-        end = begin + batch.num_rows
-        if end > wanted.row_id.size:
-            break
-        if batch.num_rows:
-            rows = slice(begin, end)
-            part = Wanted(wanted.batch[rows], wanted.slot[rows], wanted.row_id[rows], wanted.place[rows])
-            checked.append(_check_message(plan, part, address, batch))
-        begin = end
-    if begin != wanted.row_id.size:
-        raise DeliveryError(
-            f"data worker {address}: {sum(batch.num_rows for batch in answer)} rows were delivered from "
-            f"{wanted.at(0)} on, where the plan has {wanted.row_id.size}. The worker runs another version or is "
-            "broken: stop it."
-        )
-    return checked
-
-
-def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> CheckedMessage:
     _check_arrays(wanted, address, batch)
-    width = plan.seq_len + 1
+    width, count = plan.seq_len + 1, batch.num_rows
     row_id = _values(batch.column(2), np.uint64)
     wrong = _values(batch.column(0), np.uint64) != wanted.batch
     wrong |= _values(batch.column(1), np.uint32) != wanted.slot
@@ -124,29 +94,34 @@ def _check_message(plan: Plan, wanted: Wanted, address: str, batch: Any) -> Chec
     tokens_column, starts_column = batch.column(5), batch.column(6)
     # Not `flatten` and `to_numpy`: they load pyarrow's functions, a tenth of a second before the first batch.
     flat = _values(tokens_column.values, _TOKEN_TYPES[tokens_column.type.value_type.bit_width])
-    tokens = flat[tokens_column.offset * width :][: batch.num_rows * width].reshape(batch.num_rows, width)
-    length = _values(batch.column(3), np.uint32)
-    offsets = np.frombuffer(starts_column.buffers()[1], np.int32)[starts_column.offset :][: batch.num_rows + 1]
-    counts = np.diff(offsets)
-    places = starts_column.values
+    offsets = np.frombuffer(starts_column.buffers()[1], np.int32)[starts_column.offset :][: count + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    if not 0 <= first <= last <= len(starts_column.values):
+        raise _without_starts(wanted, address)
     rest = list(range(7, batch.num_columns))
-    bits = _bits(batch.column(rest.pop(0))) if plan.loss_masks else None
-    labels = _values(batch.column(rest.pop(0)), np.int32) if plan.num_labels else None
-    if counts.min(initial=0) < 0 or offsets[0] < 0 or offsets[-1] > len(places):
-        raise DeliveryError(
-            f"data worker {address}, {wanted.at(0)}: the answer holds no document starts for some rows. "
-            "The worker runs another version or is broken: stop it."
-        )
-    starts = _values(places, np.uint32)[offsets[0] : offsets[-1]]
-    crcs = row_crcs(tokens, length, starts, offsets - offsets[0], bits, labels)
-    bad = (crcs != _values(batch.column(4), np.uint32)) | (length < 1) | (length > width)
-    bad[np.repeat(np.arange(batch.num_rows), counts)[starts >= width]] = True
-    if bad.any():
-        raise DeliveryError(
-            f"data worker {address}, {wanted.at(int(np.argmax(bad)))}: rows {row_id[bad][:8].tolist()} arrived with "
-            "other tokens than their checksums say. The worker, or the network between, damages data: replace it."
-        )
-    return CheckedMessage(wanted.place, row_id, tokens, length, starts, counts, bits, labels, crcs)
+    return _Message(
+        tokens=flat[tokens_column.offset * width :][: count * width].reshape(count, width),
+        length=_values(batch.column(3), np.uint32),
+        starts=_values(starts_column.values, np.uint32)[first:last],
+        offsets=offsets - np.int32(first),
+        answer_bits=_bits(batch.column(rest.pop(0))) if plan.loss_masks else None,
+        labels=_values(batch.column(rest.pop(0)), np.int32) if plan.num_labels else None,
+        row_crc=_values(batch.column(4), np.uint32),
+    )
+
+
+def _without_starts(wanted: Wanted, address: str) -> DeliveryError:
+    return DeliveryError(
+        f"data worker {address}, {wanted.at(0)}: the answer holds no document starts for some rows. "
+        "The worker runs another version or is broken: stop it."
+    )
+
+
+def _damaged(wanted: Wanted, address: str, row: int) -> DeliveryError:
+    return DeliveryError(
+        f"data worker {address}, {wanted.at(row)}: row {wanted.row_id[row]} arrived with other tokens than its "
+        "checksum says. The worker, or the network between, damages data: replace it."
+    )
 
 
 def _check_arrays(wanted: Wanted, address: str, batch: Any) -> None:
@@ -190,8 +165,9 @@ def _bits(column: Any) -> npt.NDArray[np.uint8]:
 class RangeArrays:
     """Slots [slots[0], slots[1]) of the global batches [first, last), being filled; shapes as in BatchSlice."""
 
-    def __init__(self, plan: Plan, first: int, last: int, slots: tuple[int, int]) -> None:
+    def __init__(self, plan: Plan, first: int, last: int, slots: tuple[int, int], blocks: Blocks) -> None:
         self._plan = plan
+        self._blocks = blocks
         self._first = first
         self._slots = slots
         self._num_slots = slots[1] - slots[0]
@@ -202,40 +178,87 @@ class RangeArrays:
         self._row_crc = np.zeros(count, dtype=np.uint32)
         self._bits = np.zeros((count, -(-plan.seq_len // 8)), dtype=np.uint8) if plan.loss_masks else None
         self._labels = np.full(count, NO_LABEL, dtype=np.int32) if plan.num_labels else None
-        self._start_rows: list[npt.NDArray[np.int64]] = []
-        self._start_places: list[npt.NDArray[np.uint32]] = []
+        self._starts: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]] = []
 
     def places(self, batch: npt.NDArray[np.uint64], slot: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
         """Where rows belong: int64 [n], for `Wanted.place`."""
         return (batch.astype(np.int64) - self._first) * self._num_slots + (slot.astype(np.int64) - self._slots[0])
 
-    def place(self, messages: Sequence[CheckedMessage]) -> None:
-        """Copy checked rows into place.
+    def take(self, wanted: Wanted, address: str, answer: Sequence[Any]) -> None:
+        """Check the answer to a ticket, and copy its rows into place.
+
+        Args:
+            wanted: the rows that the ticket asks for.
+            address: who answered, for messages.
+            answer: its record batches.
 
         Raises:
-            DeliveryError: when their dtype differs from that of rows before.
+            DeliveryError: naming worker, batches and rows, when anything differs from the plan. Some rows may be in
+                place by then: another answer to the ticket writes them again.
         """
-        for message in messages:
-            if self._tokens is None:
-                self._tokens = pooled_array((self._length.size, self._plan.seq_len + 1), message.tokens.dtype)
-            if self._tokens.dtype != message.tokens.dtype:
+        schemas = _schemas(self._plan)
+        starts: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]] = []
+        begin = 0
+        for batch in answer:
+            if not any(batch.schema.equals(schema, check_metadata=True) for schema in schemas):
                 raise DeliveryError(
-                    f"tokens came as {message.tokens.dtype} and as {self._tokens.dtype} from workers of one dataset. "
-                    "One of them runs another version or is broken: stop it."
+                    f"data worker {address}: the answer has another schema, {batch.schema.names}. Use one version."
                 )
-            into: slice | npt.NDArray[np.int64] = message.place
-            if message.place[-1] - message.place[0] + 1 == message.place.size:
-                into = slice(int(message.place[0]), int(message.place[-1]) + 1)
-            self._tokens[into] = message.tokens
-            self._length[into] = message.length
-            self._row_id[into] = message.row_id
-            self._row_crc[into] = message.row_crc
-            if self._bits is not None and message.answer_bits is not None:
-                self._bits[into] = message.answer_bits
-            if self._labels is not None and message.labels is not None:
-                self._labels[into] = message.labels
-            self._start_rows.append(np.repeat(message.place, message.start_counts))
-            self._start_places.append(message.starts)
+            end = begin + batch.num_rows
+            if end > wanted.row_id.size:
+                break
+            if batch.num_rows:
+                part = wanted.part(begin, end)
+                starts.append(self._place(part, address, _message(self._plan, part, address, batch)))
+            begin = end
+        if begin != wanted.row_id.size:
+            raise DeliveryError(
+                f"data worker {address}: {sum(batch.num_rows for batch in answer)} rows were delivered from "
+                f"{wanted.at(0)} on, where the plan has {wanted.row_id.size}. The worker runs another version or is "
+                "broken: stop it."
+            )
+        self._starts.extend(starts)
+
+    def _place(
+        self, wanted: Wanted, address: str, message: _Message
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """Copy the rows of a message into place whose checksums, computed on this side, are those that came along.
+
+        Returns:
+            Of each document start, int64 [S] its row of these arrays and uint32 [S] its place in it.
+        """
+        width = self._plan.seq_len + 1
+        if self._tokens is None:
+            self._tokens = self._blocks.array((self._length.size, width), message.tokens.dtype)
+        if self._tokens.dtype != message.tokens.dtype:
+            raise DeliveryError(
+                f"tokens came as {message.tokens.dtype} and as {self._tokens.dtype} from workers of one dataset. "
+                "One of them runs another version or is broken: stop it."
+            )
+        impossible = (message.length < 1) | (message.length > width)
+        try:
+            bad = place(
+                *(message.tokens, message.length, message.starts, message.offsets, message.answer_bits),
+                *(message.labels, message.row_crc, wanted.place, self._tokens),
+            )
+        except IndexError as error:
+            raise _without_starts(wanted, address) from error
+        counts = np.diff(message.offsets)
+        rows = np.repeat(np.arange(counts.size), counts)
+        impossible[rows[message.starts >= width]] = True
+        if bad >= 0:
+            impossible[bad] = True
+        if impossible.any():
+            raise _damaged(wanted, address, int(np.argmax(impossible)))
+        into = wanted.place
+        self._length[into] = message.length
+        self._row_id[into] = wanted.row_id
+        self._row_crc[into] = message.row_crc
+        if self._bits is not None and message.answer_bits is not None:
+            self._bits[into] = message.answer_bits
+        if self._labels is not None and message.labels is not None:
+            self._labels[into] = message.labels
+        return into[rows], message.starts
 
     def slices(self) -> list[BatchSlice]:
         """A slice for each batch, over this memory."""
@@ -244,9 +267,9 @@ class RangeArrays:
         if tokens is None:
             tokens = np.zeros((self._length.size, plan.seq_len + 1), np.uint16)
         tokens[self._row_id == NO_ROW] = 0
-        rows = np.concatenate([np.empty(0, np.int64), *self._start_rows])
-        places = np.concatenate([np.empty(0, np.uint32), *self._start_places])
-        if len(self._start_rows) > 1:
+        rows = np.concatenate([np.empty(0, np.int64), *(rows for rows, _ in self._starts)])
+        places = np.concatenate([np.empty(0, np.uint32), *(places for _, places in self._starts)])
+        if len(self._starts) > 1:
             order = np.argsort(rows, kind="stable")
             rows, places = rows[order], places[order]
         cuts = np.searchsorted(rows, np.arange(0, self._length.size + 1, count)).tolist()

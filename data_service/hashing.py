@@ -1,23 +1,18 @@
 """Checksums of rows and the hash of a step's samples.
 
-Owns the byte layout that both ends must agree on. Everything is little-endian whatever the machine.
+Owns the byte layout that both ends must agree on; everything is little-endian.
 """
 
 import hashlib
 
 import numpy as np
 import numpy.typing as npt
-from zlib_ng.zlib_ng import crc32  # the same CRC-32 as zlib's, at three times the speed
+
+from data_service.row_kernel import begin_checksums, finish_checksums
 
 __all__ = ["row_crcs", "sample_hash"]
 
 _PAIR = np.dtype([("row_id", "<u8"), ("row_crc", "<u4")])
-
-
-def _bytes_of(array: npt.NDArray[np.generic]) -> memoryview:
-    """The bytes of an array, little-endian, in C order; no copy where it lies so already."""
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    return little.reshape(-1).view(np.uint8).data
 
 
 def row_crcs(
@@ -28,9 +23,7 @@ def row_crcs(
     answer_bits: npt.NDArray[np.uint8] | None = None,
     labels: npt.NDArray[np.int32] | None = None,
 ) -> npt.NDArray[np.uint32]:
-    """CRC-32 of each row: over its length (uint32), tokens with padding, starts (uint32 each), answer bits and label.
-
-    About 0.3 µs a row of 1024 tokens.
+    """CRC-32C of each row (RFC 3720): length (uint32), tokens with padding, starts (uint32 each), bits and label.
 
     Args:
         tokens: [n, T+1] in the shard's dtype, uint16 or uint32.
@@ -45,29 +38,13 @@ def row_crcs(
 
     Raises:
         TypeError: for tokens of another dtype, whose bytes would hash differently.
+        IndexError: for offsets that fall, or leave the starts.
     """
     if tokens.dtype not in (np.uint16, np.uint32):
         raise TypeError(f"a row's checksum is over uint16 or uint32 tokens, not {tokens.dtype}.")
-    count, width = tokens.shape
-    row_bytes = width * tokens.dtype.itemsize
-    # Few lengths occur, most often one.
-    lengths = length.tolist()
-    heads = {one: crc32(one.to_bytes(4, "little")) for one in set(lengths)}
-    token_bytes, start_bytes = _bytes_of(tokens), _bytes_of(starts.astype(np.uint32, copy=False))
-    bounds = (start_offsets.astype(np.int64) * 4).tolist()
-    begins = range(0, count * row_bytes, row_bytes)
-    found = [
-        crc32(start_bytes[low:high], crc32(token_bytes[begin : begin + row_bytes], heads[head]))
-        if high > low
-        else crc32(token_bytes[begin : begin + row_bytes], heads[head])
-        for begin, head, low, high in zip(begins, lengths, bounds, bounds[1:], strict=False)
-    ]
-    for extra in (answer_bits, labels):
-        if extra is not None and count:
-            data = _bytes_of(extra)
-            size = data.nbytes // count
-            found = [crc32(data[row * size : (row + 1) * size], crc) for row, crc in enumerate(found)]
-    return np.array(found, dtype=np.uint32)
+    found = begin_checksums(tokens, length)
+    finish_checksums(found, starts, start_offsets, answer_bits, labels)
+    return found
 
 
 def sample_hash(row_ids: npt.NDArray[np.uint64], row_crcs: npt.NDArray[np.uint32]) -> str:

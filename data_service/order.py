@@ -9,10 +9,12 @@ over Z_a x Z_b with a·b just above the size, walked until it lands inside the d
 Arbitrary Finite Domains", CT-RSA 2002). So finding any row costs the same at the first and at the 10^11-th row, and
 nothing has to be rebuilt or stored on resume.
 
-Owns the permutations and their composition. Refuses to know ranks: a rank takes slots of a global batch.
+Owns the keys and the composition; `row_kernel` evaluates it for many rows at once. Refuses to know ranks: a rank takes
+slots of a global batch.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,13 +24,11 @@ import numpy.typing as npt
 
 from data_service.mixture import MAX_SAMPLES, counts_before, descend
 from data_service.plan import PART_SHIFT, Plan
+from data_service.row_kernel import ROUNDS, Permutation, Stretch, Stretches, order
 
-__all__ = ["BatchRows", "mix", "permute", "rows_of_batch", "rows_of_batches", "shards_of"]
+__all__ = ["BatchRows", "keyed_permutation", "rows_of_batch", "rows_of_batches", "shards_of"]
 
-_ROUNDS = 8
 _FACTORS_TRIED = 16
-_C1, _C2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_ONE, _HALF = np.uint64(1), np.uint64(32)
 _U64 = npt.NDArray[np.uint64]
 _I64 = npt.NDArray[np.int64]
 
@@ -56,11 +56,6 @@ class _Tables:
     source_low: _I64
     """[sources]: first of the source's parts."""
     source_high: _I64
-    num_rows: _U64
-    """[P], like all below."""
-    shard_rows: _U64
-    num_shards: _U64
-    num_windows: _U64
     segment_begins: _U64
     """[G]: first sample of each segment."""
     segment_sums: tuple[_U64, ...]
@@ -90,10 +85,6 @@ def _tables(plan: Plan) -> _Tables:
         row_sums=_prefix_sums([one.num_rows for one in parts]),
         source_low=np.concatenate([[0], ends[:-1]]).astype(np.int64),
         source_high=ends.astype(np.int64),
-        num_rows=np.array([one.num_rows for one in parts], dtype=np.uint64),
-        shard_rows=np.array([one.rows_per_shard for one in parts], dtype=np.uint64),
-        num_shards=np.array([one.num_shards for one in parts], dtype=np.uint64),
-        num_windows=np.array([-(-one.num_shards // plan.window_shards) for one in parts], dtype=np.uint64),
         segment_begins=np.array(begins, dtype=np.uint64),
         segment_sums=tuple(sums),
         segment_bases=tuple(bases),
@@ -106,153 +97,77 @@ def _prefix_sums(weights: Sequence[int]) -> _U64:
 
 
 @lru_cache(maxsize=1 << 14)
-def _round_keys(plan: Plan, part: int, purpose: str, *numbers: int) -> _U64:
-    """Keys of one permutation of one part; uint64 [_ROUNDS], shared: not to be written to."""
+def _round_keys(plan: Plan, part: int, purpose: str, *numbers: int) -> tuple[int, ...]:
+    """Keys of one permutation of one part."""
     named = plan.parts[part]
     text = "\0".join(
         ["stormjib.order", str(plan.version), plan.dataset_digest, plan.split, str(plan.seed)]
         + [named.source, str(named.generation), purpose, *(str(number) for number in numbers)]
     )
-    digest = hashlib.blake2b(text.encode(), digest_size=8 * _ROUNDS).digest()
-    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    digest = hashlib.blake2b(text.encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(int.from_bytes(digest[at : at + 8], "little") for at in range(0, len(digest), 8))
 
 
-def mix(values: _U64) -> _U64:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * _C1
-    values = (values ^ (values >> np.uint64(27))) * _C2
-    return values ^ (values >> np.uint64(31))
+def keyed_permutation(size: int, keys: tuple[int, ...]) -> Permutation:
+    """The permutation of 0 … size-1 with these keys: a and b near the root of the size, a·b little above it."""
+    root = max(int(math.sqrt(float(size))), 1)
+    a = min(range(root, root + _FACTORS_TRIED), key=lambda tried: tried * -(-size // tried))
+    return Permutation(size, a, -(-size // a), keys)
 
 
-def _factors(sizes: _U64) -> tuple[_U64, _U64]:
-    """For each size a and b near its square root with a·b at least the size, and little more."""
-    root = np.sqrt(sizes.astype(np.float64)).astype(np.uint64)
-    tried = np.maximum(root, _ONE)[:, None] + np.arange(_FACTORS_TRIED, dtype=np.uint64)
-    others = (sizes[:, None] + tried - _ONE) // tried
-    best = np.argmin(tried * others - sizes[:, None], axis=1)[:, None]
-    return np.take_along_axis(tried, best, axis=1)[:, 0], np.take_along_axis(others, best, axis=1)[:, 0]
+@lru_cache(maxsize=1 << 12)
+def _stretch(plan: Plan, leaf: int, index: int, epoch: int, window: int) -> Stretch:
+    """The rows of one window of shards of part `index` in one epoch."""
+    part = plan.parts[index]
+    count, per_shard = part.num_shards, part.rows_per_shard
+    windows = -(-count // plan.window_shards)
+    missing = count * per_shard - part.num_rows
+    short = _short_slot(plan, index, epoch)
+    low, high = window * count // windows, (window + 1) * count // windows
+    begin = low * per_shard - (missing if short < low else 0)
+    end = high * per_shard - (missing if short < high else 0)
+    cut = (short + 1) * per_shard - missing - begin if low <= short < high else end - begin
+    return Stretch(
+        leaf=leaf,
+        first=epoch * part.num_rows + begin,
+        rows=keyed_permutation(end - begin, _round_keys(plan, index, "rows", epoch, window)),
+        cut=cut,
+        missing=missing,
+        shard_rows=per_shard,
+        low=low,
+        short_slot=short,
+        shards=keyed_permutation(max(count - 1, 1), _round_keys(plan, index, "shards", epoch)),
+        last_shard=count - 1,
+        base=index << PART_SHIFT,
+    )
 
 
-def _shift(values: _U64, size: _U64, other: _U64, key: _U64) -> _U64:
-    """The sum of values and f(other, key) modulo size, where f is a pseudorandom number below size."""
-    noise = other + key
-    noise ^= noise >> np.uint64(30)
-    noise *= _C1
-    noise ^= noise >> np.uint64(27)
-    noise *= _C2
-    noise >>= _HALF
-    noise *= size
-    noise >>= _HALF
-    noise += values
-    # Below 2·size: the difference wraps around to a huge number where nothing is to be taken off.
-    result: _U64 = np.minimum(noise, noise - size)
-    return result
+def _short_slot(plan: Plan, index: int, epoch: int) -> int:
+    """Where a part's last shard, which may be short, lies among the permuted ones."""
+    return _round_keys(plan, index, "last", epoch)[0] % plan.parts[index].num_shards
 
 
-def permute(values: _U64, which: _I64, sizes: _U64, keys: _U64) -> _U64:
-    """Keyed permutations of 0 … size-1, evaluated at `values`.
-
-    Args:
-        values: uint64 [n], each below the size of its domain.
-        which: int64 [n], the domain that each value is of.
-        sizes: uint64 [d], 1 … 2^62.
-        keys: uint64 [d, _ROUNDS].
-
-    Returns:
-        uint64 [n]: below the size, and distinct for distinct values of one domain.
-    """
-    columns = np.concatenate([np.stack([sizes, *_factors(sizes)]), keys.T])
-    result, todo = values, None
-    while True:
-        walk = result if todo is None else result[todo]
-        # One domain broadcasts, which spares a gather of each column.
-        size, a, b, *rounds = columns if sizes.size == 1 else columns[:, which if todo is None else which[todo]]
-        left, right = np.divmod(walk, b)
-        for number in range(0, _ROUNDS, 2):
-            left = _shift(left, a, right, rounds[number])
-            right = _shift(right, b, left, rounds[number + 1])
-        walk = left * b + right
-        outside = np.flatnonzero(walk >= size)
-        if todo is None:
-            result, todo = walk, outside
-        else:
-            result[todo] = walk
-            todo = todo[outside]
-        if not todo.size:
-            break
-    return result
-
-
-def _distinct(*columns: npt.NDArray[np.integer]) -> tuple[_I64, _I64]:
-    """Groups of equal tuples: the index of the first of each group [d], and the group of each [n]."""
-    count = columns[0].size
-    which = np.zeros(count, dtype=np.int64)
-    groups = 1
-    for column in columns:
-        values = (column - column.min()).astype(np.int64)
-        span = int(values.max()) + 1
-        if span > 4 * count + 1024:
-            values = np.unique(values, return_inverse=True)[1]
-            span = int(values.max()) + 1
-        which = which * span + values
-        present = np.flatnonzero(np.bincount(which, minlength=1)) if groups * span <= 4 * count + 1024 else None
-        if present is None:
-            present, which = np.unique(which, return_inverse=True)
-        else:
-            place = np.zeros(groups * span, dtype=np.int64)
-            place[present] = np.arange(present.size)
-            which = place[which]
-        groups = present.size
-    first = np.empty(groups, dtype=np.int64)
-    first[which[::-1]] = np.arange(count - 1, -1, -1)
-    return first, which
+def _stretch_of(plan: Plan, leaf: int, index: int, sample: int) -> Stretch:
+    """The stretch that holds one sample of part `index`."""
+    part = plan.parts[index]
+    count, per_shard = part.num_shards, part.rows_per_shard
+    epoch, place = divmod(sample, part.num_rows)
+    missing = count * per_shard - part.num_rows
+    cut = (_short_slot(plan, index, epoch) + 1) * per_shard - missing
+    slot = (place if place < cut else place + missing) // per_shard
+    windows = -(-count // plan.window_shards)
+    return _stretch(plan, leaf, index, epoch, ((slot + 1) * windows - 1) // count)
 
 
 def _rows_of_parts(plan: Plan, tables: _Tables, leaf: _I64, index: _U64) -> _U64:
     """Row ids of the `index`-th samples of parts, where `leaf` is a place in `tables.part`; uint64 [n]."""
-    epoch, place = np.divmod(index, tables.num_rows[leaf])
-    # Per (part, epoch): where the part's short last shard lies among the permuted ones.
-    first, epochs = _distinct(leaf, epoch)
-    owner, number = leaf[first], epoch[first]
-    count, windows, per_shard = tables.num_shards[owner], tables.num_windows[owner], tables.shard_rows[owner]
-    missing = count * per_shard - tables.num_rows[owner]
-    named = list(zip(tables.part[owner].tolist(), number.tolist(), strict=True))
-    short = np.array([_round_keys(plan, part, "last", e)[0] for part, e in named], dtype=np.uint64) % count
-    cut = (short + _ONE) * per_shard - missing
-    shard_keys = np.stack([_round_keys(plan, part, "shards", e) for part, e in named])
-
-    slot = np.where(place < cut[epochs], place, place + missing[epochs]) // per_shard[epochs]
-    window = ((slot + _ONE) * windows[epochs] - _ONE) // count[epochs]
-    # Per (part, epoch, window): where it begins, and the permutation of its rows.
-    first, inside = _distinct(epochs, window)
-    group, number = epochs[first], window[first]
-    low = number * count[group] // windows[group]
-    high = (number + _ONE) * count[group] // windows[group]
-    lost = missing[group]
-    begin = low * per_shard[group] - np.where(short[group] < low, lost, np.uint64(0))
-    end = high * per_shard[group] - np.where(short[group] < high, lost, np.uint64(0))
-    holds_short = (low <= short[group]) & (short[group] < high)
-    local_cut = np.where(holds_short, cut[group] - begin, end - begin)
-    row_keys = np.stack(
-        [
-            _round_keys(plan, named[g][0], "rows", named[g][1], w)
-            for g, w in zip(group.tolist(), number.tolist(), strict=True)
-        ]
-    )
-
-    at = permute(place - begin[inside], inside, end - begin, row_keys)
-    at = np.where(at < local_cut[inside], at, at + missing[epochs])
-    step, offset = np.divmod(at, per_shard[epochs])
-    slot = low[inside] + step
-    # Per (part, epoch, slot): its shard. The short one has its slot; the others are permuted over the rest.
-    first, slots = _distinct(epochs, slot)
-    group, wanted = epochs[first], slot[first]
-    others = np.maximum(count - _ONE, _ONE)
-    moved = np.minimum(wanted - (wanted > short[group]), others[group] - _ONE)
-    shard = permute(moved, group, others, shard_keys)
-    shard = np.where(wanted == short[group], count[group] - _ONE, shard)
-    row: _U64 = tables.part[leaf].astype(np.uint64) << np.uint64(PART_SHIFT)
-    return row | shard[slots] * per_shard[epochs] + offset
+    rows = np.empty(index.size, np.uint64)
+    known = Stretches(tables.part.size)
+    done = 0
+    while (done := order(leaf, index, known, rows, done)) < rows.size:
+        number = int(leaf[done])
+        known.add(_stretch_of(plan, number, int(tables.part[number]), int(index[done])))
+    return rows
 
 
 def _rows_of_samples(plan: Plan, samples: _U64) -> _U64:

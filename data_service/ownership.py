@@ -14,12 +14,22 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from data_service.order import mix, shards_of
+from data_service.order import shards_of
 from data_service.plan import Plan
 
 __all__ = ["fallbacks", "owners", "owners_of_rows"]
 
 _U64 = npt.NDArray[np.uint64]
+_C1, _C2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_MAX_TABLE = 1 << 22
+"""Most shards whose owners are kept in a table."""
+
+
+def _mix(values: _U64) -> _U64:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * _C1
+    values = (values ^ (values >> np.uint64(27))) * _C2
+    return values ^ (values >> np.uint64(31))
 
 
 def _key(*parts: str) -> int:
@@ -59,11 +69,11 @@ def owners(
     """
     if len(members) <= 1:
         return np.zeros(part.size, dtype=np.uint32)
-    keys = mix(_part_keys(plan)[part] + shard.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    keys = _mix(_part_keys(plan)[part] + shard.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     best = np.zeros(part.size, dtype=np.uint32)
     highest = np.zeros(part.size, dtype=np.uint64)
     for number, member in enumerate(_member_keys(tuple(members))):
-        score = mix(keys ^ member)
+        score = _mix(keys ^ member)
         better = score > highest
         best[better] = number
         np.maximum(highest, score, out=highest)
@@ -75,9 +85,37 @@ def owners_of_rows(plan: Plan, members: Sequence[str], row_ids: npt.NDArray[np.u
     if len(members) <= 1:
         return np.zeros(row_ids.size, dtype=np.uint32)
     part, shard = shards_of(plan, row_ids)
-    _, first, which = np.unique(part.astype(np.uint64) << np.uint64(32) | shard, return_index=True, return_inverse=True)
-    found: npt.NDArray[np.uint32] = owners(plan, members, part[first], shard[first])[which]
+    table, first_shard = _table(plan, tuple(members))
+    if table is None:
+        _, first, which = np.unique(
+            part.astype(np.uint64) << np.uint64(32) | shard, return_index=True, return_inverse=True
+        )
+        found: npt.NDArray[np.uint32] = owners(plan, members, part[first], shard[first])[which]
+        return found
+    number = first_shard[part] + shard.astype(np.int64)
+    found = table[number]
+    unknown = np.flatnonzero(found == _UNKNOWN)
+    if unknown.size:
+        _, first = np.unique(number[unknown], return_index=True)
+        first = unknown[first]
+        table[number[first]] = owners(plan, members, part[first], shard[first])
+        found = table[number]
     return found
+
+
+_UNKNOWN = np.uint32(2**32 - 1)
+
+
+@lru_cache(maxsize=8)
+def _table(plan: Plan, members: tuple[str, ...]) -> tuple[npt.NDArray[np.uint32] | None, npt.NDArray[np.int64]]:
+    """Owners of all shards of a plan, filled as they are asked for, and where each part's begin in it.
+
+    Threads may fill it at the same time: they write the same.
+    """
+    counts = np.array([part.num_shards for part in plan.parts], dtype=np.int64)
+    first = np.cumsum(counts) - counts
+    total = int(counts.sum())
+    return (np.full(total, _UNKNOWN, np.uint32) if total <= _MAX_TABLE else None), first
 
 
 def fallbacks(members: Sequence[str], member: int) -> list[int]:

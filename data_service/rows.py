@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data_service.errors import ShardCorruptError
-from data_service.hashing import row_crcs
 from data_service.manifest import DatasetManifest
-from data_service.memory import pooled_array
+from data_service.memory import Blocks
 from data_service.plan import PART_SHIFT, Plan
 from data_service.planning import check_plan
+from data_service.row_kernel import copy_starts, finish_checksums, gather
 from data_service.schema import NO_LABEL, RowBlock
 from data_service.shards import Shard, ShardEntry, ShardIndex, shard_file
 
@@ -41,18 +41,33 @@ class ShardStore(Protocol):
         """
 
 
-@dataclass
-class _Gathered:
+@dataclass(frozen=True)
+class _Block:
     """Rows of a block, filled shard by shard; n of them, T = seq_len."""
 
     tokens: npt.NDArray[np.unsignedinteger]
+    """[n, T+1]"""
     length: _U32
+    """[n]"""
     answer_bits: npt.NDArray[np.uint8] | None
     labels: npt.NDArray[np.int32] | None
-    starts: list[_U32]
-    """Per shard, row after row."""
+    checksums: _U32
+    """[n], begun."""
+    lows: _I64
+    """[n]: index in its shard of a row's first document start."""
     start_counts: _I64
     """[n]"""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a block that lie in one shard, m of them."""
+
+    shard: Shard
+    slots: _I64
+    """[m]: rows of the block."""
+    begin: _I64
+    """[m]: first token of each in the shard."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class ShardRows:
         self._index = index
         self._shards = shards
         self._layout: _Layout | None = None
+        self._blocks = Blocks()
         self._gathering = threading.Lock()
 
     def read(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> RowBlock:
@@ -108,26 +124,31 @@ class ShardRows:
         in_shard: _I64,
     ) -> RowBlock:
         """The rows, from shards that are here: `numbers`, each with the places in the block that it fills."""
-        gathered = self._empty(plan, row_ids.size)
+        block = self._empty(plan, row_ids.size)
+        parts = []
         for one, slots in zip(numbers, slots_of, strict=False):
             try:
-                self._gather(plan, shards[plan.split, one], slots, in_shard[slots], gathered)
+                parts.append(self._gather(plan, shards[plan.split, one], slots, in_shard[slots], block))
             except IndexError as error:
                 raise ShardCorruptError(
                     f"{shard_file(plan.split, one)} holds fewer rows or tokens than the manifest says ({error}). "
                     "Prepare the dataset again into another folder."
                 ) from error
-        starts, offsets = _in_row_order(gathered, np.concatenate([np.zeros(0, np.int64), *slots_of]))
-        crcs = row_crcs(gathered.tokens, gathered.length, starts, offsets, gathered.answer_bits, gathered.labels)
+        offsets = np.zeros(row_ids.size + 1, np.int32)
+        np.cumsum(block.start_counts, out=offsets[1:])
+        starts = np.empty(int(offsets[-1]), np.uint32)
+        for part in parts:
+            copy_starts(part.shard.starts, part.begin, part.slots, block.lows, offsets, starts)
+        finish_checksums(block.checksums, starts, offsets, block.answer_bits, block.labels)
         return RowBlock(
             row_id=row_ids,
-            tokens=gathered.tokens,
-            length=gathered.length,
+            tokens=block.tokens,
+            length=block.length,
             starts=starts,
             start_offsets=offsets,
-            answer_bits=gathered.answer_bits,
-            labels=gathered.labels,
-            row_crc=crcs,
+            answer_bits=block.answer_bits,
+            labels=block.labels,
+            row_crc=block.checksums,
         )
 
     def _layout_of(self, plan: Plan) -> _Layout:
@@ -155,17 +176,18 @@ class ShardRows:
         shard, in_shard = np.divmod(row, layout.shard_rows[part])
         return layout.first_shard[part] + shard, in_shard
 
-    def _empty(self, plan: Plan, count: int) -> _Gathered:
-        return _Gathered(
-            tokens=pooled_array((count, plan.seq_len + 1), self._manifest.dtype),
+    def _empty(self, plan: Plan, count: int) -> _Block:
+        return _Block(
+            tokens=self._blocks.array((count, plan.seq_len + 1), self._manifest.dtype),
             length=np.empty(count, dtype=np.uint32),
             answer_bits=np.empty((count, -(-plan.seq_len // 8)), dtype=np.uint8) if plan.loss_masks else None,
             labels=np.full(count, NO_LABEL, dtype=np.int32) if plan.num_labels else None,
-            starts=[],
+            checksums=np.empty(count, dtype=np.uint32),
+            lows=np.empty(count, dtype=np.int64),
             start_counts=np.empty(count, dtype=np.int64),
         )
 
-    def _gather(self, plan: Plan, shard: Shard, slots: _I64, rows: _I64, out: _Gathered) -> None:
+    def _gather(self, plan: Plan, shard: Shard, slots: _I64, rows: _I64, block: _Block) -> _Part:
         """Copy rows of one shard (`rows`, numbers in it) to places of the block (`slots`); int64 [m] each."""
         width = plan.seq_len + 1
         if shard.row_offsets is None:
@@ -174,54 +196,16 @@ class ShardRows:
         else:
             begin = shard.row_offsets[rows].astype(np.int64)
             length = np.minimum(shard.row_offsets[rows + 1].astype(np.int64) - begin, width)
-        if length.min() < 1 or int((begin + length).max()) > shard.tokens.size:
-            raise IndexError("a row ends behind the tokens")
-        _copy_tokens(shard.tokens, slots, begin, length, out.tokens, self._manifest.eos_id)
-        out.length[slots] = length
-        low, high = np.searchsorted(shard.starts, np.stack([begin, begin + length]).astype(np.uint32))
-        counts = high - low
-        out.start_counts[slots] = counts
-        out.starts.append(shard.starts[_ragged(low, counts)] - np.repeat(begin, counts).astype(np.uint32))
-        if out.answer_bits is not None:
-            out.answer_bits[slots] = _label_bits(shard, begin, length, out.answer_bits.shape[1])
-        if out.labels is not None and shard.labels is not None:
-            out.labels[slots] = shard.labels[rows]
-
-
-def _copy_tokens(
-    source: npt.NDArray[np.unsignedinteger],
-    slots: _I64,
-    begin: _I64,
-    length: _I64,
-    target: npt.NDArray[np.unsignedinteger],
-    padding: int,
-) -> None:
-    """target[slots[i]] = source[begin[i] : begin[i] + length[i]] and padding."""
-    width = target.shape[1]
-    whole = begin + width <= source.size
-    # A row as one element of 2·width or 4·width bytes: numpy copies it at once instead of token by token.
-    as_row = np.dtype((np.void, width * source.itemsize))
-    if whole.any():
-        windows = np.ndarray((source.size - width + 1,), as_row, source.data, strides=(source.itemsize,))
-        rows = target.view(as_row).reshape(-1)
-        if whole.all():
-            rows[slots] = windows[begin]
-        else:
-            rows[slots[whole]] = windows[begin[whole]]
-    for slot, start in zip(slots[~whole].tolist(), begin[~whole].tolist(), strict=True):
-        target[slot, : source.size - start] = source[start:]
-    short = length < width
-    if short.any():
-        for slot, end in zip(slots[short].tolist(), length[short].tolist(), strict=True):
-            target[slot, end:] = padding
-
-
-def _ragged(begin: _I64, counts: _I64) -> _I64:
-    """begin[0], begin[0] + 1, … (counts[0] of them), begin[1], …; int64 [sum(counts)]."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if ends.size else 0
-    places: _I64 = np.arange(total) + np.repeat(begin - (ends - counts), counts)
-    return places
+        gather(
+            *(shard.tokens, shard.starts, begin, length, slots, self._manifest.eos_id),
+            *(block.tokens, block.checksums, block.lows, block.start_counts),
+        )
+        block.length[slots] = length
+        if block.answer_bits is not None:
+            block.answer_bits[slots] = _label_bits(shard, begin, length, block.answer_bits.shape[1])
+        if block.labels is not None and shard.labels is not None:
+            block.labels[slots] = shard.labels[rows]
+        return _Part(shard, slots, begin)
 
 
 def _label_bits(shard: Shard, begin: _I64, length: _I64, num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -237,13 +221,3 @@ def _label_bits(shard: Shard, begin: _I64, length: _I64, num_bytes: int) -> npt.
     left = np.clip((length - 1)[:, None] - 8 * np.arange(num_bytes), 0, 8)
     kept: npt.NDArray[np.uint8] = joined & ((1 << left) - 1).astype(np.uint8)
     return kept
-
-
-def _in_row_order(gathered: _Gathered, order: _I64) -> tuple[_U32, npt.NDArray[np.int32]]:
-    """Starts of all rows, row after row, and where each row's begin; `order` is the sequence they were gathered in."""
-    counts = gathered.start_counts
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    starts = np.empty(int(offsets[-1]), dtype=np.uint32)
-    if order.size:
-        starts[_ragged(offsets[order], counts[order])] = np.concatenate(gathered.starts)
-    return starts, offsets.astype(np.int32)

@@ -16,7 +16,7 @@ from data_service.plan import Plan
 
 __all__ = ["NO_LABEL", "NO_ROW", "SCHEMA_VERSION", "BatchSlice", "RowBlock", "block_to_batch", "wire_schema"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 NO_ROW = np.uint64(2**64 - 1)
 """The row id of a masked slot."""

@@ -25,6 +25,7 @@ from data_service.cache import ShardCache
 from data_service.errors import StormjibError
 from data_service.heartbeat import Heartbeat
 from data_service.manifest import DatasetManifest, read_manifest
+from data_service.memory import keep_freed_memory
 from data_service.metrics import MetricsServer, WorkerMetrics
 from data_service.order import BatchRows
 from data_service.plan import Plan
@@ -35,12 +36,13 @@ from data_service.schema import block_to_batch, wire_schema
 from data_service.shards import ShardIndex
 from data_service.ticket import Ticket
 
-__all__ = ["PING", "DataWorker", "ShardRowsFactory"]
+__all__ = ["MESSAGE_BYTES", "PING", "DataWorker", "ShardRowsFactory"]
 
 _LOG = logging.getLogger(__name__)
 PING = "ping"
 """The action that tells a client that this process answers."""
-_MESSAGE_BYTES = 1 << 20
+MESSAGE_BYTES = 2 << 20
+"""Most tokens' bytes of a message."""
 _MESSAGES_AT_ONCE = 4
 """Gathered together: each shard that rows lie in costs a fixed time, and a window has many."""
 _KEPT_PLANS = 64
@@ -113,7 +115,7 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         rows = ticket.rows()
         self._prefetch.note(ticket)
         schema = wire_schema(plan, self._manifest.dtype)
-        per_message = max(1, _MESSAGE_BYTES // ((plan.seq_len + 1) * self._manifest.dtype.itemsize))
+        per_message = max(1, MESSAGE_BYTES // ((plan.seq_len + 1) * self._manifest.dtype.itemsize))
         count = int(rows.row_id.size)
         whole = count <= _MESSAGES_AT_ONCE * per_message
         if not whole:
@@ -212,6 +214,7 @@ class DataWorker:
             raise
 
     def _start(self) -> str:
+        keep_freed_memory()
         manifest = read_manifest(self._dataset_uri, self._dataset_digest)
         self._cache = ShardCache(
             self._dataset_uri, cache_dir=self._cache_dir, cache_bytes=self._cache_bytes, metrics=self._metrics

@@ -272,6 +272,7 @@ class ShardIndex:
             total += self._counts[split]
         self._lock = threading.Lock()
         self._pages: OrderedDict[int, pa.RecordBatch] = OrderedDict()
+        self._entries: dict[tuple[str, int], ShardEntry] = {}
 
     def num_shards(self, split: str) -> int:
         """Shards of a split."""
@@ -286,6 +287,9 @@ class ShardIndex:
         """
         if not 0 <= number < self._counts[split]:
             raise IndexError(f"shard {number} of the {split} split was asked for, it has {self._counts[split]}.")
+        known = self._entries.get((split, number))
+        if known is not None:
+            return known
         page, place = divmod(self._begins[split] + number, INDEX_PAGE)
         with self._lock:
             batch = self._pages.get(page)
@@ -298,7 +302,12 @@ class ShardIndex:
                 while len(self._pages) > _PAGES_KEPT:
                     self._pages.popitem(last=False)
         tokens, rows, size, digest = (batch.column(column)[place].as_py() for column in range(4))
-        return ShardEntry(split, number, tokens, rows, size, digest)
+        entry = ShardEntry(split, number, tokens, rows, size, digest)
+        with self._lock:
+            if len(self._entries) >= INDEX_PAGE:
+                self._entries.clear()
+            self._entries[split, number] = entry
+        return entry
 
     def entries(self, split: str) -> Iterator[ShardEntry]:
         """All entries of a split, in the order of their numbers."""

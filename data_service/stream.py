@@ -19,7 +19,7 @@ import numpy as np
 
 from data_service.access import DataAccess
 from data_service.connections import Connections
-from data_service.delivery import RangeArrays, Wanted, check_answer
+from data_service.delivery import RangeArrays, Wanted
 from data_service.errors import DataError, DataStalledError, DataUnavailableError
 from data_service.order_blocks import owned_rows
 from data_service.plan import Plan
@@ -35,8 +35,8 @@ from data_service.ticket import (
 
 __all__ = ["Stream", "shape_of_range"]
 
-_OWNER_TOKENS = 1 << 21
-"""Tokens that a range asks of one owner: four messages of 1 MiB, which a worker gathers at once."""
+_OWNER_TOKENS = 1 << 22
+"""Tokens that a range asks of one owner: four messages of 2 MiB (of uint16), which a worker gathers at once."""
 _RANGES_AHEAD = 4
 _MAX_READS = 32
 _PAUSE_S = 0.1
@@ -195,7 +195,9 @@ class Stream:
         first, last = self._next, self._next + count
         self._next = last
         begins = range(self._slots[0], self._end_slot, rows)
-        opened = _Range(first, last, RangeArrays(self._plan, first, last, self._slots), len(begins))
+        opened = _Range(
+            first, last, RangeArrays(self._plan, first, last, self._slots, self._connections.blocks), len(begins)
+        )
         self._pieces.extend(_Piece(opened, (one, min(one + rows, self._end_slot))) for one in begins)
         self._ranges.append(opened)
         return True
@@ -283,7 +285,7 @@ class Stream:
             raise what
         else:
             into = self._reads[read]
-            into.arrays.place(check_answer(self._plan, read.wanted, attempt.member.address, what))
+            into.arrays.take(read.wanted, attempt.member.address, what)
             read.finish(attempt)
             into.missing -= 1
             del self._reads[read]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from data_service.plan import PLAN_VERSION, Plan, PlanPart, Segment
 
-__all__ = ["SlowOrder", "hand_made", "slow_counts", "slow_permutation"]
+__all__ = ["SlowOrder", "hand_made", "slow_counts", "slow_crc32c", "slow_permutation"]
 
 
 def hand_made(
@@ -91,6 +91,23 @@ def slow_permutation(size: int, keys: Sequence[int]) -> list[int]:
                 break
         found.append(value)
     return found
+
+
+def _crc32c_of_byte(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+_CRC32C = [_crc32c_of_byte(byte) for byte in range(256)]
+
+
+def slow_crc32c(data: bytes) -> int:
+    """CRC-32C, byte by byte."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 255]
+    return crc ^ 0xFFFFFFFF
 
 
 class SlowOrder:

@@ -1,6 +1,5 @@
 """Prepared datasets without a preparation: random documents written as shards, and their rows cut independently."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from data_service.manifest import DATASET_VERSION, SPLITS, DatasetManifest, Part
 from data_service.order import rows_of_batch
 from data_service.plan import Plan, part_of_rows
 from data_service.shards import Shard, ShardEntry, checksum, encode_shard, index_pages, shard_file
+from tests.helpers.plans import slow_crc32c
 
 EOS = 0
 
@@ -53,7 +53,7 @@ class Row:
     def crc(self) -> int:
         data = self.length.to_bytes(4, "little") + self.tokens.tobytes() + self.starts.astype("<u4").tobytes()
         data += self.answer_bits + (b"" if self.label is None else int(self.label).to_bytes(4, "little", signed=True))
-        return zlib.crc32(data)
+        return slow_crc32c(data)
 
 
 def random_documents(seed: int, num_tokens: int, vocab: int = 500, longest: int = 90, dtype: str = "uint16") -> list:

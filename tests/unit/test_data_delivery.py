@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from data_service.client import DataClient
-from data_service.delivery import Wanted, check_answer
+from data_service.delivery import RangeArrays, Wanted
 from data_service.errors import DeliveryError
 from data_service.hashing import row_crcs
+from data_service.memory import Blocks
 from data_service.order import rows_of_batch, rows_of_batches
 from data_service.rows import ShardRows
 from data_service.schema import RowBlock, block_to_batch, wire_schema
@@ -156,10 +157,38 @@ def test_cells_without_a_value_are_refused_and_named(tmp_path, lie, column):
     )
     message = block_to_batch(block, rows.batch, rows.slot, wire_schema(plan, batch.tokens.dtype))
     wanted = Wanted(rows.batch, rows.slot, rows.row_id, np.arange(GLOBAL_BATCH))
-    assert len(check_answer(plan, wanted, "a:1", [message])) == 1
+    arrays = RangeArrays(plan, 4, 5, (0, GLOBAL_BATCH), Blocks())
+    arrays.take(wanted, "a:1", [message])
+    (taken,) = arrays.slices()
+    assert taken.tokens.tolist() == batch.tokens.tolist()
+    assert taken.start_places.tolist() == batch.start_places.tolist()
     named = rf"data worker a:1, global batch 4, slot 0 .*rows {rows.row_id[0]} to {rows.row_id[-1]} .*'{column}'"
     with pytest.raises(DeliveryError, match=named):
-        check_answer(plan, wanted, "a:1", [lie(message, column)])
+        arrays.take(wanted, "a:1", [lie(message, column)])
+
+
+def test_an_answer_that_was_refused_leaves_nothing_behind(dataset):
+    with running_service(dataset.uri, small_order(), (ShardRows,)) as service:
+        client = DataClient(service.access())
+        plan = client.plan("train")
+        (batch,) = client.stream("train", 2, 3, (0, GLOBAL_BATCH))
+        client.close()
+    rows = rows_of_batches(plan, 2, 3)
+    offsets = np.searchsorted(batch.start_rows, np.arange(GLOBAL_BATCH + 1)).astype(np.int32)
+    good = RowBlock(*(batch.row_id, batch.tokens, batch.length, batch.start_places, offsets, None, None, batch.row_crc))
+    damaged = replace(good, tokens=batch.tokens.copy())
+    damaged.tokens[-1, 5] ^= 1
+    wanted = Wanted(rows.batch, rows.slot, rows.row_id, np.arange(GLOBAL_BATCH))
+    arrays = RangeArrays(plan, 2, 3, (0, GLOBAL_BATCH), Blocks())
+    schema = wire_schema(plan, batch.tokens.dtype)
+    messages = [block_to_batch(one, rows.batch, rows.slot, schema) for one in (damaged, good)]
+    half = GLOBAL_BATCH // 2
+    with pytest.raises(DeliveryError, match=f"slot {GLOBAL_BATCH - 1}: row {rows.row_id[-1]} arrived with other"):
+        arrays.take(wanted, "a:1", [messages[0].slice(0, half), messages[0].slice(half)])
+    arrays.take(wanted, "b:2", [messages[1].slice(0, half), messages[1].slice(half)])
+    (taken,) = arrays.slices()
+    for name in ("tokens", "length", "row_id", "row_crc", "start_rows", "start_places"):
+        assert getattr(taken, name).tolist() == getattr(batch, name).tolist(), name
 
 
 @pytest.mark.parametrize(

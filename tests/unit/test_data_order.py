@@ -12,18 +12,31 @@ from hypothesis import strategies as st
 
 from benchmarks.shuffle_quality import measure, quality_of
 from data_service.mixture import MAX_SAMPLES
-from data_service.order import permute, rows_of_batch, rows_of_batches, shards_of
+from data_service.order import keyed_permutation, rows_of_batch, rows_of_batches, shards_of
 from data_service.ownership import fallbacks, owners, owners_of_rows
 from data_service.plan import Plan, part_of_rows, row_id_of
+from data_service.row_kernel import Permutation, Stretch, Stretches, order
 from tests.helpers.plans import SlowOrder, hand_made, slow_permutation
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "order_v2.json").read_text())
 KEYS = np.arange(1, 9, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
+def permuted_at(values: np.ndarray, which: np.ndarray, sizes: list[int], keys: np.ndarray) -> np.ndarray:
+    """Keyed permutations evaluated at values: each as a stretch of one shard, all of whose rows are permuted."""
+    known = Stretches(len(sizes))
+    for leaf, size in enumerate(sizes):
+        rows = keyed_permutation(size, tuple(keys[leaf].tolist()))
+        alone = Permutation(1, 1, 1, rows.keys)
+        known.add(Stretch(leaf, 0, rows, size, 0, 2**45, 0, 0, alone, 0, 0))
+    found = np.empty(values.size, np.uint64)
+    assert order(which.astype(np.int64), values, known, found, 0) == values.size
+    return found
+
+
 def permuted(size: int, keys: np.ndarray = KEYS) -> list[int]:
     values = np.arange(size, dtype=np.uint64)
-    return permute(values, np.zeros(size, np.int64), np.array([size], np.uint64), keys[None]).tolist()
+    return permuted_at(values, np.zeros(size), [size], keys[None]).tolist()
 
 
 def all_rows(plan: Plan, batches: int) -> list[list[int]]:
@@ -45,16 +58,16 @@ def test_many_permutations_at_once_are_those_computed_alone():
     values = np.concatenate([np.arange(size) for size in sizes]).astype(np.uint64)
     shuffle = np.random.default_rng(3).permutation(which.size)
     found = np.empty(which.size, dtype=np.uint64)
-    found[shuffle] = permute(values[shuffle], which[shuffle], np.array(sizes, np.uint64), keys)
+    found[shuffle] = permuted_at(values[shuffle], which[shuffle], sizes, keys)
     assert found.tolist() == [value for size, key in zip(sizes, keys, strict=True) for value in permuted(size, key)]
 
 
 def test_a_permutation_of_a_huge_domain_stays_inside_and_distinct():
-    size = np.array([2**44 - 3], dtype=np.uint64)
-    values = size[0] - np.uint64(1) - np.arange(20_000, dtype=np.uint64)
-    found = permute(values, np.zeros(values.size, np.int64), size, KEYS[None])
+    size = 2**44 - 3
+    values = np.uint64(size - 1) - np.arange(20_000, dtype=np.uint64)
+    found = permuted_at(values, np.zeros(values.size), [size], KEYS[None])
     assert np.unique(found).size == values.size
-    assert int(found.max()) < int(size[0])
+    assert int(found.max()) < size
 
 
 PLANS = {

@@ -104,13 +104,13 @@ def test_rows_of_documents_carry_their_answers_and_classes(tmp_path, split):
     assert len(places) == (plan.num_rows if split == "eval" else plan.num_batches * GLOBAL_BATCH)
 
 
-def test_an_answer_travels_in_messages_of_about_a_mebibyte(written, worker):
+def test_an_answer_travels_in_messages_of_about_two_mebibytes(written, worker):
     plan = make_plan(written.manifest, "train", small_order(global_batch=32_768))
     messages = worker.batches(Ticket(plan, 3, 5, (0, 30_000)))
     assert sum(message.num_rows for message in messages) == 60_000
     sizes = [message.num_rows * 33 * 2 for message in messages]
-    assert len(sizes) == 4
-    assert all(0.99 * 2**20 < size <= 2**20 for size in sizes[:-1])
+    assert len(sizes) == 2
+    assert all(0.99 * 2**21 < size <= 2**21 for size in sizes[:-1])
     slots = np.concatenate([message["slot"].to_numpy() for message in messages])
     np.testing.assert_array_equal(slots, np.tile(np.arange(30_000), 2))
 
