@@ -17,14 +17,15 @@ __all__ = ["Blocks", "keep_freed_memory"]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of `mallopt(3)`."""
 _KEPT_BYTES = 64 << 20
-_LARGEST_KEPT = 8 << 20
+_LARGEST_KEPT = 32 << 20
+"""The most that glibc takes, and where its own threshold ends; a fixed one below would slow larger tensors down."""
 
 
 def keep_freed_memory() -> None:
     """Ask the C library to keep up to 64 MiB of freed memory in a process; where it cannot, nothing happens.
 
-    gRPC allocates a buffer for each message. glibc's own thresholds grow with what is freed, but to twice that only, so
-    that every few messages are given back.
+    gRPC allocates a buffer for each message. glibc's own thresholds grow with what is freed, but to twice the largest
+    block only, so that every few messages are given back.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -60,7 +60,7 @@ def test_no_more_is_kept_than_was_said():
 
 def test_freed_memory_is_kept_where_the_c_library_can():
     keep_freed_memory()
-    # Well below the largest block that is mapped alone, freed and asked for again: no page is faulted in anew.
+    # Below the size of blocks that are mapped alone, so that the same memory is there when it is asked for again.
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
         ctypes.c_void_p,
