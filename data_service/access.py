@@ -26,9 +26,9 @@ class DataAccess:
     run_ahead: int = 4
     """Global batches that a stream may hold before they are consumed."""
     hedge_s: float = 0.3
-    """A read without an answer for this long is asked of a second worker too."""
+    """A read whose worker is silent for this long is asked of a second one, which loads no shards before twice this."""
     read_stall_s: float = 3.0
-    """A read without an answer for this long is given up and its worker avoided."""
+    """A read without an answer, or bytes from the store, for this long is given up and its worker avoided."""
     stalled_s: float = 60.0
     """No batch from any worker for this long is a DataStalledError."""
 

@@ -81,6 +81,8 @@ class ShardCache:
         self._loading: dict[_Key, Future[Shard]] = {}
         self._early: set[_Key] = set()
         """Keys in `_loading` that nobody waits for."""
+        self._heard: dict[_Key, float] = {}
+        """When bytes came last, of the downloads in `_loading` that have begun."""
         self._verified: OrderedDict[_Key, tuple[int, int, int]] = OrderedDict()
         self._disk = None if storage.is_local(dataset_uri) else DiskCache(cache_dir, cache_bytes, self._forget)
         self._pool = ThreadPoolExecutor(_PARALLEL_READS, thread_name_prefix="shard-read")
@@ -96,6 +98,20 @@ class ShardCache:
         """Bytes of shards mapped now."""
         with self._lock:
             return self._num_mapped
+
+    @property
+    def store_silent_s(self) -> float | None:
+        """For how long nothing came of a download that somebody waits for, of several the longest; None without any."""
+        with self._lock:
+            heard = [at for key, at in self._heard.items() if key not in self._early]
+        return max(0.0, time.monotonic() - min(heard)) if heard else None
+
+    def at_hand(self, entry: ShardEntry) -> bool:
+        """Whether a shard needs no download, or is being downloaded."""
+        key = (entry.split, entry.number)
+        with self._lock:
+            known = key in self._shards or key in self._loading
+        return known or self._disk is None or self._disk.find(entry.checksum) is not None
 
     def get(self, entries: Iterable[ShardEntry]) -> dict[_Key, Shard]:
         """Shards by (split, number); those that are not here are read side by side.
@@ -157,18 +173,22 @@ class ShardCache:
             shard = self._read_in_place(entry) if self._disk is None else self._read_cached(self._disk, entry)
         except BaseException:
             with self._lock:
-                self._loading.pop(key, None)
-                self._early.discard(key)
+                self._forget_load(key)
             raise
         with self._lock:
-            self._loading.pop(key, None)
-            self._early.discard(key)
+            self._forget_load(key)
             self._shards[key] = (shard, entry)
             self._keys[entry.checksum] = key
             self._num_mapped += entry.num_bytes
             while len(self._shards) > 1 and (self._num_mapped > self._mapped_bytes or len(self._shards) > _MAX_MAPPED):
                 self._let_go(next(iter(self._shards)))
         return shard
+
+    def _forget_load(self, key: _Key) -> None:
+        """A load ended. The caller holds the lock."""
+        self._loading.pop(key, None)
+        self._heard.pop(key, None)
+        self._early.discard(key)
 
     def _let_go(self, key: _Key) -> None:
         """Drop a mapping. The caller holds the lock."""
@@ -219,8 +239,15 @@ class ShardCache:
         raise AssertionError("unreachable")
 
     def _download(self, disk: DiskCache, entry: ShardEntry) -> Shard:
+        key = (entry.split, entry.number)
+
+        def heard() -> None:
+            with self._lock:
+                self._heard[key] = time.monotonic()
+
+        heard()
         try:
-            data = storage.read_bytes(storage.join(self._dataset_uri, shard_file(entry.split, entry.number)))
+            data = storage.read_bytes(storage.join(self._dataset_uri, shard_file(*key)), heard)
         except FileNotFoundError as error:
             raise self._gone(entry) from error
         except OSError as error:

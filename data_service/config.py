@@ -159,9 +159,11 @@ class DataServiceConfig(Section):
     run_ahead: int = Field(4, ge=1, le=1024)
     """Global batches that a rank may hold before it has consumed them."""
     hedge_s: float = Field(0.3, gt=0)
-    """A read without an answer for this long is asked of a second worker too; the first answer counts."""
+    """A read whose worker gives no sign of life for this long is asked of a second one too, for what that has at hand;
+    after twice this the second one may load the shards. The first answer counts."""
     read_stall_s: float = Field(3.0, gt=0)
-    """A read without an answer for this long is cancelled and its worker avoided."""
+    """A read without an answer for this long, while no bytes come from the store for its shards either, is given up and
+    its worker avoided."""
     stalled_s: float = Field(60.0, gt=0)
     """A rank that got no batch from any worker for this long fails with DataStalledError."""
     cache_dir: str | None = None

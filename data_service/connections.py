@@ -29,14 +29,17 @@ from data_service.errors import (
 )
 from data_service.members import KnownMembers, Member, MembersAnswer
 from data_service.memory import Blocks, keep_freed_memory
+from data_service.signs import AT_HAND, NOT_AT_HAND, PING, PING_AFTER, store_silence
 
-__all__ = ["Connections", "TokenRefusedError", "WorkerFailedError"]
+__all__ = ["Connections", "NotAtHandError", "TokenRefusedError", "WorkerFailedError"]
 
 _LOG = logging.getLogger(__name__)
 _CONTROL_TIMEOUT_S = 1.0
 _WARM_TIMEOUT_S = 2.0
 _MAX_WARM = 64
-_MAX_THREADS = 64
+_MAX_THREADS = 256
+"""A worker that stands still holds a thread for each read that was begun and given up, until the read's deadline."""
+_MAX_PING_THREADS = 64
 _CLOSE_S = 1.0
 _FLIGHT_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -45,8 +48,6 @@ _FLIGHT_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 """Quick to reconnect, straight to the address whatever proxy is set, and a new client means a new connection."""
-PING = "ping"
-"""The Flight action that a data worker answers at once, whatever else it does."""
 _ERRORS_BY_KIND: dict[str, type[DataError]] = {
     "ShardCorruptError": ShardCorruptError,
     "CursorMismatchError": CursorMismatchError,
@@ -59,6 +60,10 @@ class WorkerFailedError(DataUnavailableError):
 
 class TokenRefusedError(DataError):
     """A worker does not take the token: it may be another run's."""
+
+
+class NotAtHandError(DataError):
+    """A worker would have to ask the store, and was asked not to."""
 
 
 def _named_error(error: Any) -> tuple[str | None, str]:
@@ -82,8 +87,9 @@ class _Threads:
     last is taken first: its memory is warm.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, name: str) -> None:
         self._limit = limit
+        self._name = name
         self._lock = threading.Lock()
         self._waiting: deque[Callable[[], None]] = deque()
         self._idle: list[queue.SimpleQueue[Callable[[], None] | None]] = []
@@ -98,7 +104,7 @@ class _Threads:
             if self._idle:
                 self._idle.pop().put(job)
             elif len(self._threads) < self._limit:
-                name = f"data-read-{len(self._threads)}"
+                name = f"{self._name}-{len(self._threads)}"
                 thread = threading.Thread(target=self._run, args=(job,), name=name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -139,7 +145,8 @@ class Connections:
         self._lock = threading.Lock()
         self._closed = False
         self._flights: dict[str, Any] = {}
-        self._threads = _Threads(_MAX_THREADS)
+        self._threads = _Threads(_MAX_THREADS, "data-read")
+        self._pings = _Threads(_MAX_PING_THREADS, "data-ping")
         self.blocks = Blocks()
         """Memory of the batches that streams fill."""
         keep_freed_memory()
@@ -204,22 +211,39 @@ class Connections:
     def _warm(self, members: Sequence[Member]) -> None:
         """Connect to new members before the first read needs them."""
         for member in [one for one in members if one.alive][:_MAX_WARM]:
-            self.background(lambda address=member.address: self.ping(address, _WARM_TIMEOUT_S))  # type: ignore[misc]
+            self._pings.submit(lambda address=member.address: (self.ping(address, _WARM_TIMEOUT_S), None)[1])  # type: ignore[misc]
 
     def background(self, job: Callable[[], object]) -> None:
         """Run a job that blocks, and does not raise, in a thread of its own."""
         self._threads.submit(lambda: (job(), None)[1])
 
-    def ping(self, address: str, timeout_s: float) -> bool:
-        """Whether a worker's process answers at all."""
+    def probe(self, member: Member) -> None:
+        """Ping a worker in a thread of its own, unless that was done just now; `members` hears of it."""
+        signs = self.members.signs
+        if not signs.begin_ping(member.worker_id, self._access.hedge_s * PING_AFTER):
+            return
+
+        def job() -> None:
+            try:
+                signs.sent(member.worker_id)
+                answer = self.ping(member.address, self._access.read_stall_s)
+                if answer is not None:
+                    self.members.lives(member.worker_id, store_silence(answer))
+            finally:
+                signs.ended(member.worker_id)
+
+        self._pings.submit(job)
+
+    def ping(self, address: str, timeout_s: float) -> bytes | None:
+        """What a worker's process says, if it answers at all; None where it does not."""
         try:
-            for _ in self._flight(address).do_action(flight.Action(PING, b""), self._options(timeout_s)):
-                pass
+            action = flight.Action(PING, b"")
+            parts = list(self._flight(address).do_action(action, self._options(timeout_s)))
+            return b"".join(one.body.to_pybytes() for one in parts)
         except (flight.FlightTimedOutError, flight.FlightUnavailableError, flight.FlightCancelledError, OSError):
-            return False
+            return None
         except (flight.FlightError, pa.ArrowException):
-            return True
-        return True
+            return b""
 
     def forget(self, address: str) -> None:
         """Connect anew the next time that a worker is asked."""
@@ -235,13 +259,20 @@ class Connections:
                 )
         return connection
 
-    def _options(self, timeout_s: float) -> Any:
-        return flight.FlightCallOptions(
-            timeout=timeout_s, headers=[(b"authorization", f"Bearer {self._access.token}".encode())]
-        )
+    def _options(self, timeout_s: float, *, at_hand: bool = False) -> Any:
+        headers = [(b"authorization", f"Bearer {self._access.token}".encode())]
+        if at_hand:
+            headers.append((AT_HAND.encode(), b"1"))
+        return flight.FlightCallOptions(timeout=timeout_s, headers=headers)
 
     def read(
-        self, address: str, ticket: bytes, timeout_s: float, unwanted: Callable[[], bool] = lambda: False
+        self,
+        address: str,
+        ticket: bytes,
+        timeout_s: float,
+        unwanted: Callable[[], bool] = lambda: False,
+        *,
+        at_hand: bool = False,
     ) -> list[Any]:
         """All record batches of a ticket, from one worker.
 
@@ -250,15 +281,17 @@ class Connections:
             ticket: as it travels.
             timeout_s: deadline of the whole call.
             unwanted: asked now and then; when true, the rest is cancelled.
+            at_hand: only where nothing must be asked of the store for it.
 
         Raises:
+            NotAtHandError: when something must.
             WorkerFailedError: when it does not answer in time or went away, or the answer became unwanted.
             ShardCorruptError: when it cannot read a shard.
             TokenRefusedError: when it refused the token.
             DataError: when it refused the ticket.
         """
         try:
-            reader = self._flight(address).do_get(flight.Ticket(ticket), self._options(timeout_s))
+            reader = self._flight(address).do_get(flight.Ticket(ticket), self._options(timeout_s, at_hand=at_hand))
             batches = []
             for chunk in reader:
                 batches.append(chunk.data)
@@ -272,6 +305,8 @@ class Connections:
             kind, message = _named_error(error)
             if kind is None:
                 raise _failure(error) from error
+            if kind == NOT_AT_HAND:
+                raise NotAtHandError(message) from error
             if kind == DataUnavailableError.__name__:
                 raise WorkerFailedError(message) from error
             if kind in _ERRORS_BY_KIND:
@@ -287,6 +322,7 @@ class Connections:
         for channel in self._channels:
             channel.close()
         self._threads.close(_CLOSE_S)
+        self._pings.close(_CLOSE_S)
         self.members.join(_CLOSE_S)
         with self._lock:
             flights, self._flights = list(self._flights.values()), {}

@@ -3,6 +3,9 @@
 A thread asks the control plane about once a second, and at once after a failure. Reads only ever look at the last
 answer, so they go on while the control plane is silent, stopped or new and not yet settled.
 
+A client's doubts decide whom it asks first, and not whose a shard is: shards are divided by what the control plane
+says, so that all clients divide alike, and a worker that was late for once does not have its shards loaded by others.
+
 Owns the view and the client's own suspicions. Refuses to open connections to workers.
 """
 
@@ -12,8 +15,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from data_service.errors import DataError
+from data_service.signs import Signs
 
 __all__ = ["Member", "KnownMembers", "MembersAnswer"]
 
@@ -49,9 +54,13 @@ class _Doubt:
     """Failures of a worker in a row, and until when it is asked only if there is no other."""
 
     strikes: int
+    since: float
     until: float
-    silent: bool = False
+    silent: bool
     """It only gave no sign of life: any sign ends the doubt."""
+
+    def holds(self, now: float) -> bool:
+        return self.since <= now < self.until
 
 
 class KnownMembers:
@@ -80,6 +89,8 @@ class KnownMembers:
         self._changed = threading.Condition(self._lock)
         self._known: tuple[Member, ...] = ()
         self._doubts: dict[str, _Doubt] = {}
+        self.signs = Signs(clock)
+        """What was heard of each worker."""
         self._reports: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._closed = threading.Event()
@@ -93,6 +104,11 @@ class KnownMembers:
     def known(self) -> tuple[Member, ...]:
         """All members, sorted by id, those that are not alive included."""
         return self._known
+
+    def owners(self) -> tuple[Member, ...]:
+        """The members that shards are divided among, sorted by id: those alive for the control plane, or else all."""
+        known = self._known
+        return tuple(one for one in known if one.alive) or known
 
     def trusted(self) -> tuple[Member, ...]:
         """The members to ask first, sorted by id: alive and not in doubt, or else the least bad."""
@@ -113,36 +129,45 @@ class KnownMembers:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._known) or self._closed.is_set(), timeout_s)
 
-    def failed(self, member: Member, reason: str, *, silent: bool = False) -> None:
-        """A read of this worker failed: ask others first for a while, and tell the control plane.
+    def failed(
+        self, member: Member, reason: str, kind: Literal["failed", "hangs", "silent"] = "failed", after_s: float = 0.0
+    ) -> None:
+        """A read of this worker failed: ask others first for a while.
 
         Args:
             member: the worker.
             reason: for messages.
-            silent: nothing failed, but it gives no sign of life.
+            kind: `failed` is told to the control plane; `hangs` is not, for its process answers; `silent` neither, for
+                nothing failed: it gives no sign of life, and any sign ends the doubt.
+            after_s: when the doubt begins.
         """
         with self._lock:
-            doubt = self._doubts.setdefault(member.worker_id, _Doubt(0, 0.0))
-            now = self._clock()
-            doubt.silent = silent and (doubt.silent or now >= doubt.until)
+            doubt, now = self._doubts.get(member.worker_id), self._clock()
             # Reads that were in flight together fail together: that is one strike.
-            if now < doubt.until:
+            if doubt is not None and now < doubt.until and (kind == "silent" or not doubt.silent):
                 return
-            doubt.until = now + min(_LONGEST_DOUBT_S, _FIRST_DOUBT_S * 2.0**doubt.strikes)
-            doubt.strikes += 1
-            if self._reports.qsize() < _MAX_REPORTS:
+            strikes = 0 if doubt is None else doubt.strikes
+            since = now + after_s
+            until = since + min(_LONGEST_DOUBT_S, _FIRST_DOUBT_S * 2.0**strikes)
+            self._doubts[member.worker_id] = _Doubt(strikes + 1, since, until, kind == "silent")
+            if kind == "failed" and self._reports.qsize() < _MAX_REPORTS:
                 self._reports.put((member.worker_id, reason))
+        if kind == "silent":
+            _LOG.info("data worker %s: %s. Asking another too.", member.address, reason)
+            return
         _LOG.warning("data worker %s failed: %s. Asking others first.", member.address, reason)
         self._wake.set()
 
     def served(self, worker_id: str) -> None:
         """A read of this worker succeeded."""
+        self.signs.heard(worker_id)
         if worker_id in self._doubts:
             with self._lock:
                 self._doubts.pop(worker_id, None)
 
-    def lives(self, worker_id: str) -> None:
-        """This worker's process answers, whatever its reads do."""
+    def lives(self, worker_id: str, store_silent_s: float | None = None) -> None:
+        """This worker's process answers, whatever its reads do; see `signs.pong` for what it may say."""
+        self.signs.heard(worker_id, store_silent_s)
         with self._lock:
             doubt = self._doubts.get(worker_id)
             if doubt is not None and doubt.silent:
@@ -175,13 +200,14 @@ class KnownMembers:
             self._known = tuple(found[key] for key in sorted(found))
             for key in [key for key in self._doubts if key not in found]:
                 del self._doubts[key]
+            self.signs.forget(set(found))
             self._changed.notify_all()
         if new := [one for one in self._known if one.worker_id not in before]:
             self._joined(new)
 
     def _in_doubt(self, member: Member, now: float) -> bool:
         doubt = self._doubts.get(member.worker_id)
-        return doubt is not None and now < doubt.until
+        return doubt is not None and doubt.holds(now)
 
     def _run(self) -> None:
         while not self._closed.is_set():

@@ -55,6 +55,7 @@ _REQUEST_S = 30.0
 _SLOWEST_BYTES_PER_S = 256 * 2**10
 """A transfer that is slower than this on the whole has failed, however steadily it drips."""
 _STREAM_PIECE = 8 << 20
+_BODY_PART = 1 << 20
 
 _PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("SlowDown", "RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch")
@@ -282,7 +283,9 @@ class Piece:
     """Its ETag."""
 
 
-def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
+def fetch(
+    uri: str, start: int, length: int, tag: str | None = None, heard: Callable[[], object] = lambda: None
+) -> Piece:
     """`length` bytes from `start`, fewer only where the file ends, from one request that is tried again when it fails.
 
     Args:
@@ -290,6 +293,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
         start: first byte.
         length: most bytes.
         tag: refuse a file whose ETag is another by now.
+        heard: called when an attempt begins, and (S3) whenever bytes came; in any thread.
 
     Raises:
         FileNotFoundError: when it is not there.
@@ -299,6 +303,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
     fs, path = filesystem(uri)
 
     def read() -> Piece:
+        heard()
         if length <= 0:
             return Piece(b"", None, tag)
         if not is_s3(uri):
@@ -306,7 +311,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
         from fsspec.asyn import sync
 
         try:
-            return cast(Piece, sync(fs.loop, _get, fs, path, start, length, tag))
+            return cast(Piece, sync(fs.loop, _get, fs, path, start, length, tag, heard))
         except OSError as error:
             if _code(error) in ("InvalidRange", "416"):
                 return Piece(b"", None, tag)  # behind the end of the file
@@ -317,7 +322,7 @@ def fetch(uri: str, start: int, length: int, tag: str | None = None) -> Piece:
     return retry(f"reading {uri}", read)
 
 
-async def _get(fs: Any, path: str, start: int, length: int, tag: str | None) -> Piece:
+async def _get(fs: Any, path: str, start: int, length: int, tag: str | None, heard: Callable[[], object]) -> Piece:
     """One GET of a range, with a deadline for the answer and one for its body."""
     bucket, key, _ = fs.split_path(path)
     match = {} if tag is None else {"IfMatch": tag}
@@ -326,7 +331,11 @@ async def _get(fs: Any, path: str, start: int, length: int, tag: str | None) -> 
         response = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=asked, **match)
     try:
         async with asyncio.timeout(_deadline_s(response["ContentLength"])):
-            data = bytes(await response["Body"].read())
+            parts = []
+            while part := await response["Body"].read(_BODY_PART):
+                heard()
+                parts.append(part)
+            data = b"".join(parts)
     finally:
         response["Body"].close()
     shown = response.get("ContentRange")

@@ -86,6 +86,16 @@ class Prefetch:
         """
         self._cache.get(entries_of(self._manifest, self._index, plan, row_ids))
 
+    def at_hand(self, plan: Plan, row_ids: npt.NDArray[np.uint64]) -> bool:
+        """Whether reading rows asks nothing more of the store: their shards are here, or on their way.
+
+        Raises:
+            ShardCorruptError: when the index is damaged.
+        """
+        if not self._cache.remote:
+            return True
+        return all(map(self._cache.at_hand, entries_of(self._manifest, self._index, plan, row_ids)))
+
     def _look(self, ticket: Ticket, step: int) -> None:
         plan = ticket.plan
         try:

@@ -34,13 +34,12 @@ from data_service.prefetch import Prefetch
 from data_service.rows import ShardRows
 from data_service.schema import block_to_batch, wire_schema
 from data_service.shards import ShardIndex
+from data_service.signs import AT_HAND, NOT_AT_HAND, PING, pong
 from data_service.ticket import Ticket
 
-__all__ = ["MESSAGE_BYTES", "PING", "DataWorker", "ShardRowsFactory"]
+__all__ = ["MESSAGE_BYTES", "DataWorker", "ShardRowsFactory"]
 
 _LOG = logging.getLogger(__name__)
-PING = "ping"
-"""The action that tells a client that this process answers."""
 MESSAGE_BYTES = 2 << 20
 """Most tokens' bytes of a message."""
 _MESSAGES_AT_ONCE = 4
@@ -51,8 +50,16 @@ ShardRowsFactory = Callable[[DatasetManifest, ShardIndex, ShardCache], ShardRows
 """Makes the strategy that turns row ids into rows."""
 
 
-class _NoMiddleware(flight.ServerMiddleware):  # type: ignore[misc]
+class _Call(flight.ServerMiddleware):  # type: ignore[misc]
     """A call that passed the token check."""
+
+    def __init__(self, *, at_hand: bool) -> None:
+        self.at_hand = at_hand
+        """It is to be answered only where nothing must be asked of the store for it."""
+
+
+class _NotAtHand(Exception):  # noqa: N818 - no error: its caller asks again
+    """A call asked for what is at hand, and something is not."""
 
 
 class _TokenMiddleware(flight.ServerMiddlewareFactory):  # type: ignore[misc]
@@ -61,10 +68,10 @@ class _TokenMiddleware(flight.ServerMiddlewareFactory):  # type: ignore[misc]
     def __init__(self, token: str) -> None:
         self._token = BearerToken(token)
 
-    def start_call(self, info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> _NoMiddleware:
+    def start_call(self, info: Any, headers: Mapping[str, Sequence[str | bytes]]) -> _Call:
         for name, values in headers.items():
             if name.lower() == "authorization" and values and self._token.accepts(values[0]):
-                return _NoMiddleware()
+                return _Call(at_hand=AT_HAND in headers)
         raise flight.FlightUnauthenticatedError("the bearer token is missing or wrong")
 
 
@@ -75,12 +82,16 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         self,
         location: str,
         token: str,
+        worker_id: str,
         manifest: DatasetManifest,
         rows: ShardRows,
+        cache: ShardCache,
         prefetch: Prefetch,
         metrics: WorkerMetrics,
     ):
         super().__init__(location, middleware={"token": _TokenMiddleware(token)})
+        self._worker_id = worker_id
+        self._cache = cache
         self._manifest = manifest
         self._rows = rows
         self._prefetch = prefetch
@@ -90,7 +101,10 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
     def do_get(self, context: Any, ticket: Any) -> Any:
         arrived = time.perf_counter()
         try:
-            answer = self._answer(Ticket.from_bytes(ticket.ticket))
+            answer = self._answer(Ticket.from_bytes(ticket.ticket), context.get_middleware("token").at_hand)
+        except _NotAtHand as error:
+            extra = json.dumps({"kind": NOT_AT_HAND, "message": "a shard is not at hand"}).encode()
+            raise flight.FlightServerError("a shard is not at hand", extra) from error
         except StormjibError as error:
             self._metrics.add(errors=1)
             extra = json.dumps({"kind": type(error).__name__, "message": str(error)}).encode()
@@ -104,16 +118,19 @@ class _FlightServer(flight.FlightServerBase):  # type: ignore[misc]
         return answer
 
     def do_action(self, context: Any, action: Any) -> list[Any]:
-        """`ping`: nothing, at once, whatever else this worker does."""
+        """`ping`: see `pong`, at once, whatever else this worker does."""
         if action.type != PING:
             raise flight.FlightServerError(f"the action {action.type[:64]!r} is none of this worker's.")
-        return []
+        return [flight.Result(pa.py_buffer(pong(self._cache.store_silent_s)))]
 
-    def _answer(self, ticket: Ticket) -> Any:
+    def _answer(self, ticket: Ticket, at_hand: bool) -> Any:
         plan = ticket.plan
         self._check_plan(plan)
         rows = ticket.rows()
-        self._prefetch.note(ticket)
+        if at_hand and not self._prefetch.at_hand(plan, rows.row_id):
+            raise _NotAtHand
+        if not ticket.members or ticket.members[ticket.member] == self._worker_id:
+            self._prefetch.note(ticket)  # what the owner of these shards needs next is not for others to load
         schema = wire_schema(plan, self._manifest.dtype)
         per_message = max(1, MESSAGE_BYTES // ((plan.seq_len + 1) * self._manifest.dtype.itemsize))
         count = int(rows.row_id.size)
@@ -224,7 +241,9 @@ class DataWorker:
         self._prefetch = Prefetch(manifest, index, self._cache)
         location = f"grpc://{self._host}:{self._port}"
         try:
-            self._server = _FlightServer(location, self._token, manifest, rows, self._prefetch, self._metrics)
+            self._server = _FlightServer(
+                location, self._token, self.worker_id, manifest, rows, self._cache, self._prefetch, self._metrics
+            )
         except pa.ArrowException as error:
             raise OSError(f"the data worker cannot listen on {self._host}:{self._port}: {error}.") from error
         if self._metrics_port is not None:

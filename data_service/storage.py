@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -125,17 +125,17 @@ def file_size(uri: str) -> int:
     return retry(f"the size of {uri}", lambda: int(call(fs, "size", path)))
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole of a file, as it was at one moment."""
+def read_bytes(uri: str, heard: Callable[[], object] = lambda: None) -> bytes:
+    """The whole of a file, as it was at one moment; `heard` as in `fetch`."""
     if is_local(uri):
         return local_path(uri).read_bytes()
     if not is_s3(uri):
         fs, path = filesystem(uri)
         return retry(f"reading {uri}", lambda: bytes(call(fs, "cat_file", path)))
-    first = fetch(uri, 0, _READ_PIECE)
+    first = fetch(uri, 0, _READ_PIECE, heard=heard)
     if first.size is None or first.size <= len(first.data):
         return first.data
-    return first.data + _read_pieces(uri, len(first.data), first.size - len(first.data), first.tag)
+    return first.data + _read_pieces(uri, len(first.data), first.size - len(first.data), first.tag, heard)
 
 
 def read_range(uri: str, start: int, length: int) -> bytes:
@@ -147,13 +147,15 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     return _read_pieces(uri, start, length, None)
 
 
-def _read_pieces(uri: str, start: int, length: int, tag: str | None) -> bytes:
+def _read_pieces(
+    uri: str, start: int, length: int, tag: str | None, heard: Callable[[], object] = lambda: None
+) -> bytes:
     """A range of a remote file; a long one by several requests at a time, each tried again by itself."""
     if length <= _READ_PIECE:
-        return fetch(uri, start, length, tag).data
+        return fetch(uri, start, length, tag, heard).data
     places = range(start, start + length, _READ_PIECE)
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        pieces = pool.map(lambda place: fetch(uri, place, min(_READ_PIECE, start + length - place), tag), places)
+        pieces = pool.map(lambda place: fetch(uri, place, min(_READ_PIECE, start + length - place), tag, heard), places)
         return b"".join(piece.data for piece in pieces)
 
 

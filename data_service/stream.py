@@ -100,7 +100,7 @@ class Stream:
         self._slots = slots
         self._end_slot = min(slots[1], plan.global_batch)
         self._ready: queue.SimpleQueue[BatchSlice | BaseException] = queue.SimpleQueue()
-        self._events: queue.SimpleQueue[tuple[TicketRead, Attempt, list[object] | bool | Exception] | None] = (
+        self._events: queue.SimpleQueue[tuple[TicketRead, Attempt, list[object] | Exception] | None] = (
             queue.SimpleQueue()
         )
         self._credits = threading.Lock()
@@ -183,7 +183,7 @@ class Stream:
         if self._next >= self._stop:
             return False
         most = min(max(1, self._access.run_ahead // _RANGES_AHEAD), self._batches_at_once, self._stop - self._next)
-        workers = len(self._connections.members.trusted())
+        workers = len(self._connections.members.owners())
         count, rows = shape_of_range(self._plan.seq_len, max(1, self._end_slot - self._slots[0]), workers, most)
         with self._credits:
             if self._free < count:
@@ -209,7 +209,7 @@ class Stream:
             DataStalledError: when none became known for `stalled_s`.
         """
         plan, into = self._plan, piece.range
-        members = self._connections.members.trusted()[:MAX_MEMBERS]
+        members = self._connections.members.owners()[:MAX_MEMBERS]
         if not members:
             self._alone_since = now if self._alone_since is None else self._alone_since
             if now - self._alone_since >= self._access.stalled_s:
@@ -229,7 +229,8 @@ class Stream:
         return True
 
     def _read(self, into: _Range, ticket: Ticket, wanted: Wanted, now: float) -> None:
-        read = TicketRead(ticket, wanted, self._access, self._connections.members, self._ask, self._ping, now)
+        connections = self._connections
+        read = TicketRead(ticket, wanted, self._access, connections.members, self._ask, connections.probe, now)
         self._reads[read] = into
         into.missing += 1
 
@@ -237,26 +238,19 @@ class Stream:
         """Begin an attempt in a thread of the connections."""
 
         def job() -> None:
-            member = attempt.member
+            member, members = attempt.member, self._connections.members
             try:
                 if attempt.over:
                     return
                 answer: list[object] | Exception = self._connections.read(
-                    member.address, read.payload, attempt.timeout_s, lambda: attempt.over
+                    member.address, read.payload, attempt.timeout_s, lambda: attempt.over, at_hand=attempt.at_hand
                 )
-                self._connections.members.served(member.worker_id)
+                members.served(member.worker_id)
             except Exception as error:  # told to the stream's thread, which decides
+                if isinstance(error, DataError) and not isinstance(error, DataUnavailableError):
+                    members.lives(member.worker_id)
                 answer = error
             self._events.put((read, attempt, answer))
-
-        self._connections.background(job)
-
-    def _ping(self, read: TicketRead, attempt: Attempt) -> None:
-        """Ask whether an attempt's process answers, in a thread of the connections."""
-
-        def job() -> None:
-            found = self._connections.ping(attempt.member.address, self._access.read_stall_s)
-            self._events.put((read, attempt, found))
 
         self._connections.background(job)
 
@@ -271,11 +265,8 @@ class Stream:
         except queue.Empty:
             return
 
-    def _take(self, read: TicketRead, attempt: Attempt, what: list[object] | bool | Exception) -> None:
-        if isinstance(what, bool):
-            if what:
-                read.alive(attempt, time.monotonic())
-        elif read.done:
+    def _take(self, read: TicketRead, attempt: Attempt, what: list[object] | Exception) -> None:
+        if read.done:
             return
         elif isinstance(what, DataError):
             if isinstance(what, DataUnavailableError):

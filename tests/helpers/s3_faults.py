@@ -12,17 +12,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
 Kind = Literal[
-    "slow down", "error", "reset", "stall", "drip", "truncate", "short", "corrupt", "swallow", "no condition"
+    "slow down", "error", "reset", "stall", "drip", "slow", "truncate", "short", "corrupt", "swallow", "no condition"
 ]
 """slow down: 503; error: 500; reset: no answer; stall: half of the body and then silence; drip: a byte now and then;
-truncate: the connection ends after half of the body; short: half of the body, and headers that say so; corrupt: one
-byte is another; swallow: the server does as asked, the answer is lost; no condition: a put that
-was refused by its condition is said to be done."""
+slow: the whole body, spread over `seconds`; truncate: the connection ends after half of the body; short: half of the
+body, and headers that say so; corrupt: one byte is another; swallow: the server does as asked, the answer is lost;
+no condition: a put that was refused by its condition is said to be done."""
 
 _SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>'
 )
 _ERROR = b'<?xml version="1.0"?><Error><Code>InternalError</Code><Message>We failed.</Message></Error>'
+_SLOW_PARTS = 16
 _HOP_HEADERS = ("connection", "keep-alive", "transfer-encoding", "content-length")
 
 
@@ -39,6 +40,8 @@ class Fault:
     share: float = 1.0
     """Share of the requests that match which count at all."""
     chance: random.Random = field(default_factory=lambda: random.Random(0))
+    seconds: float = 0.0
+    """How long a slow answer takes."""
 
 
 @dataclass
@@ -125,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.take(self.command, self.path)
         kind = None if fault is None else fault.kind
+        self._seconds = 0.0 if fault is None else fault.seconds
         request = Request(self.command, self.path, self.headers.get("Range"), kind, time.monotonic())
         with self.proxy.lock:
             self.proxy.requests.append(request)
@@ -165,11 +169,19 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "short":
             data = data[: len(data) // 2]
             length = len(data)
-        if kind not in ("stall", "drip", "truncate"):
+        if kind not in ("stall", "drip", "slow", "truncate"):
             request.num_bytes = len(data)
             self._answer(answer.status, headers, data, length)
             return
         self._head(answer.status, headers, length)
+        if kind == "slow":
+            request.num_bytes = len(data)
+            size = -(-len(data) // _SLOW_PARTS)
+            for place in range(0, len(data), size):
+                if self.proxy.ended.wait(self._seconds / _SLOW_PARTS):
+                    break
+                self.wfile.write(data[place : place + size])
+            return
         half = request.num_bytes = len(data) // 2
         if kind == "drip":
             for place in range(half):

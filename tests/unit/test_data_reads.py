@@ -1,11 +1,12 @@
-"""Whom a client asks and when it asks another: members, doubts, hedges and ends, under a clock of the test."""
+"""Whom a client asks and when it asks another: hedges, loads and ends, under a clock of the test."""
 
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from data_service.access import DataAccess
+from data_service.connections import NotAtHandError
 from data_service.delivery import Wanted
 from data_service.errors import (
     CursorMismatchError,
@@ -14,163 +15,44 @@ from data_service.errors import (
     DataUnavailableError,
     ShardCorruptError,
 )
-from data_service.members import KnownMembers, Member, MembersAnswer
 from data_service.reads import TicketRead
 from data_service.ticket import Ticket
 from tests.helpers.data_runs import TOKEN, small_order
+from tests.helpers.members import NAMES, Clock, answer, known, member, names
 from tests.helpers.plans import hand_made
 
 PLAN = hand_made([("a", 0, 1000, 64)], seq_len=32, seed=1, dataset="made-up")
 ACCESS = DataAccess(("a:1",), TOKEN, small_order(), "made-up", hedge_s=0.3, read_stall_s=3.0, stalled_s=20.0)
-NAMES = ("w0", "w1", "w2", "w3")
-
-
-def member(name, alive=True):
-    return Member(name, f"{name}:1", alive)
-
-
-def answer(*members, settled=True):
-    return MembersAnswer(members, settled)
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def known(clock, *answers, reports=None):
-    """Members that were told `answers`, one after the other, without a thread."""
-    view = KnownMembers(lambda: answer(), lambda *report: reports.append(report), lambda new: None, clock)
-    for one in answers:
-        view.take(one)
-    return view
-
-
-def names(members):
-    return [one.worker_id for one in members]
-
-
-def test_members_are_those_that_the_control_plane_names():
-    view = known(Clock(), answer(member("w1"), member("w0")), answer(member("w2"), member("w1", alive=False)))
-    assert names(view.known()) == ["w1", "w2"]
-    assert names(view.trusted()) == ["w2"]
-
-
-def test_a_new_control_plane_makes_no_worker_unknown():
-    view = known(Clock(), answer(member("w0"), member("w1")), answer(settled=False))
-    assert names(view.trusted()) == ["w0", "w1"]
-    view.take(answer(Member("w2", "w0:1", True), settled=False))
-    assert names(view.trusted()) == ["w1", "w2"], "a worker started again at an address replaces the one before"
-    view.take(answer(member("w2")))
-    assert names(view.trusted()) == ["w2"]
-    view.take(answer())
-    assert names(view.trusted()) == ["w2"], "the last worker is asked rather than none"
-
-
-def test_a_worker_that_failed_is_avoided_for_longer_each_time_until_it_serves():
-    clock = Clock()
-    view = known(clock, answer(*map(member, NAMES)))
-    for seconds in (1.0, 2.0, 4.0):
-        view.failed(member("w1"), "gone")
-        view.failed(member("w1"), "gone, as seen by a second read")
-        clock.now += seconds - 0.01
-        assert names(view.trusted()) == ["w0", "w2", "w3"]
-        clock.now += 0.02
-        assert names(view.trusted()) == list(NAMES)
-    view.failed(member("w1"), "gone")
-    view.served("w1")
-    assert names(view.trusted()) == list(NAMES)
-    view.failed(member("w1"), "gone")
-    clock.now += 1.01
-    assert names(view.trusted()) == list(NAMES), "the count began anew"
-    for one in NAMES:
-        view.failed(member(one), "gone")
-    assert names(view.trusted()) == list(NAMES), "with all in doubt, all are asked"
-
-
-def test_the_view_is_refreshed_at_once_after_a_failure_and_survives_silence():
-    asked, reports, joined = [], [], []
-    answers = [answer(member("w0")), DataUnavailableError("silent"), answer(member("w0"), member("w1"))]
-
-    def fetch():
-        asked.append(time.monotonic())
-        one = answers[min(len(asked), len(answers)) - 1]
-        if isinstance(one, Exception):
-            raise one
-        return one
-
-    view = KnownMembers(fetch, lambda *report: reports.append(report), lambda new: joined.extend(names(new)))
-    view.start()
-    view.wait(5.0)
-    assert names(view.known()) == ["w0"]
-    began = time.monotonic()
-    view.failed(member("w0"), "gone")
-    while len(asked) < 2:
-        assert time.monotonic() - began < 10, "no refresh"
-        time.sleep(0.005)
-    while view.silence is None:
-        assert time.monotonic() - began < 10
-        time.sleep(0.005)
-    assert names(view.known()) == ["w0"]
-    assert reports == [("w0", "gone")]
-    while len(view.known()) < 2:
-        assert time.monotonic() - began < 10
-        time.sleep(0.01)
-    assert joined == ["w0", "w1"]
-    assert view.silence is None
-    view.close()
-    view.join(5.0)
-    asked_before = len(asked)
-    time.sleep(1.1)
-    assert len(asked) == asked_before
-
-
-def test_the_view_goes_on_whatever_a_refresh_or_a_report_raises(caplog):
-    answers = [answer(member("w0")), ValueError("no such field"), answer(member("w0"), member("w1"))]
-
-    def fetch():
-        one = answers.pop(0) if len(answers) > 1 else answers[0]
-        if isinstance(one, Exception):
-            raise one
-        return one
-
-    def report(worker_id, reason):
-        raise UnicodeEncodeError("utf-8", reason, 0, 1, "no text")
-
-    view = KnownMembers(fetch, report, lambda new: None)
-    view.start()
-    view.wait(10.0)
-    view.failed(member("w0"), "gone")
-    began = time.monotonic()
-    while len(view.known()) < 2:
-        assert time.monotonic() - began < 10, "the view stands still"
-        time.sleep(0.01)
-    assert "asking for the data workers failed" in caplog.text
-    view.close()
-    view.join(5.0)
 
 
 class Asked:
     """A read of rows that w1 owns, and what it asked of whom."""
 
     def __init__(self, view, clock, access=ACCESS, members=NAMES):
-        self.clock = clock
+        self.clock, self.view = clock, view
         self.attempts, self.pings = [], []
         rows = np.arange(8)
         wanted = Wanted(rows * 0, rows.astype(np.uint32), rows.astype(np.uint64), rows)
         ticket = Ticket(PLAN, 5, 6, (0, 8), members, 1)
         self.read = TicketRead(
-            ticket,
-            wanted,
-            access,
-            view,
-            lambda _, attempt: self.attempts.append(attempt),
-            lambda _, attempt: self.pings.append(attempt),
-            clock(),
+            ticket, wanted, access, view, lambda _, attempt: self.attempts.append(attempt), self.ping, clock()
         )
+
+    def ping(self, member):
+        signs = self.view.signs
+        if signs.begin_ping(member.worker_id, 0.075):
+            signs.sent(member.worker_id)
+            self.pings.append(member.worker_id)
+
+    def pong(self, worker_id, store_silent_s=None):
+        """The answer to the ping that is on its way."""
+        self.view.lives(worker_id, store_silent_s)
+        self.view.signs.ended(worker_id)
+
+    def lacks(self, number):
+        """What the attempt of this number asks for is not at hand there."""
+        self.view.lives(self.names[number])
+        self.read.failed(self.attempts[number], NotAtHandError("a shard is not at hand"))
 
     def until(self, seconds):
         """Let time pass, looking whenever the read wants to be looked at."""
@@ -186,46 +68,146 @@ class Asked:
         return [one.member.worker_id for one in self.attempts]
 
 
-def test_a_silent_worker_is_pinged_and_then_a_second_one_asked():
-    clock, reports = Clock(), []
-    view = known(clock, answer(*map(member, NAMES)), reports=reports)
+def test_a_silent_worker_is_pinged_and_then_others_asked_for_what_they_have():
+    clock = Clock()
+    view = known(clock, answer(*map(member, NAMES)))
     asked = Asked(view, clock)
     asked.until(0.07)
-    assert (asked.names, len(asked.pings)) == (["w1"], 0)
+    assert (asked.names, asked.pings) == (["w1"], [])
     asked.until(0.02)
-    assert (asked.names, len(asked.pings)) == (["w1"], 1)
-    asked.until(0.22)
+    assert (asked.names, asked.pings) == (["w1"], ["w1"])
+    asked.until(0.23)
     assert len(asked.names) == 2
+    assert [one.at_hand for one in asked.attempts] == [False, True]
+    assert names(view.trusted()) == list(NAMES), "it may only be late"
+    asked.until(0.32)
     assert names(view.trusted()) == ["w0", "w2", "w3"]
-    asked.until(0.31)
     assert len(asked.names) == len(set(asked.names)) == 3
-    asked.until(5.0)
+    asked.until(2.0)
     assert len(asked.names) == 3, "at most three are asked at a time"
     asked.read.finish(asked.attempts[2])
     assert all(one.over for one in asked.attempts)
 
 
+def test_another_loads_the_shards_of_a_worker_once_that_was_silent_for_twice_as_long():
+    clock = Clock()
+    asked = Asked(known(clock, answer(*map(member, NAMES))), clock)
+    asked.until(0.31)
+    asked.lacks(1)
+    asked.until(0.28)
+    assert len(asked.names) == 2, "one that has it is asked, and no third"
+    asked.until(0.1)
+    assert asked.names == ["w1", asked.names[1], asked.names[1]]
+    assert not asked.attempts[2].at_hand
+    asked.until(1.0)
+    assert [one.at_hand for one in asked.attempts] == [False, True, False, True], "that one is silent too"
+
+
+def test_an_answer_to_a_ping_keeps_others_from_loading():
+    clock = Clock()
+    asked = Asked(known(clock, answer(*map(member, NAMES))), clock)
+    asked.until(0.31)
+    asked.lacks(1)
+    asked.until(0.25)
+    asked.pong("w1")
+    asked.until(0.3)
+    asked.pong("w1")
+    asked.until(0.3)
+    assert len(asked.names) == 2
+    assert asked.pings.count("w1") == 3
+
+
+def test_a_member_that_lacks_the_shards_is_asked_in_full_when_the_owner_fails():
+    clock = Clock()
+    asked = Asked(known(clock, answer(member("w0"), member("w1"))), clock, members=("w0", "w1"))
+    asked.until(0.31)
+    asked.lacks(1)
+    asked.read.failed(asked.attempts[0], DataUnavailableError("gone"))
+    asked.until(0.01)
+    assert asked.names == ["w1", "w0", "w0"]
+    assert not asked.attempts[2].at_hand
+
+
 def test_a_worker_that_answers_pings_is_at_work_and_is_waited_for():
     clock = Clock()
     asked = Asked(known(clock, answer(*map(member, NAMES))), clock)
-    for _ in range(20):
+    for _ in range(18):
         asked.until(0.16)
-        asked.read.alive(asked.pings[-1], clock())
+        asked.pong("w1")
     assert asked.names == ["w1"]
-    assert len(asked.pings) == 20
+    assert asked.pings == ["w1"] * 18
+    asked.until(0.16)
+    assert len(asked.names) == 2, "an answer is due within read_stall_s all the same"
+    assert asked.attempts[0].over
+    assert not asked.attempts[1].at_hand
+
+
+def test_a_worker_that_loads_is_waited_for_as_long_as_bytes_come():
+    clock = Clock()
+    asked = Asked(known(clock, answer(*map(member, NAMES))), clock, replace(ACCESS, stalled_s=60.0))
+    for _ in range(25):
+        asked.until(0.2)
+        asked.pong("w1", store_silent_s=0.1)
+    assert asked.names == ["w1"]
+    for number in range(14):
+        asked.until(0.2)
+        asked.pong("w1", store_silent_s=0.3 + 0.2 * number)
+    assert asked.names == ["w1"]
+    asked.until(0.2)
+    assert len(asked.names) == 2, "nothing came for read_stall_s"
+
+
+def test_a_worker_that_loads_for_a_third_of_the_time_for_all_is_given_up():
+    clock = Clock()
+    view = known(clock, answer(*map(member, NAMES)))
+    asked = Asked(view, clock)
+    began = clock()
+    while len(asked.names) < 2:
+        assert clock() < began + 10
+        asked.until(0.2)
+        asked.pong("w1", store_silent_s=0.1)
+    assert clock() - began == pytest.approx(20 / 3, abs=0.3)
+    assert names(view.trusted()) == ["w0", "w2", "w3"]
+
+
+def test_a_client_that_was_late_itself_judges_nobody():
+    clock = Clock()
+    asked = Asked(known(clock, answer(*map(member, NAMES))), clock)
+    asked.until(0.16)
+    assert asked.pings == ["w1"]
+    clock.now += 30.0  # the process stood still; nobody may be asked, nor the read be ended
+    asked.read.watch(clock())
+    asked.pong("w1")
+    asked.read.failed(asked.attempts[0], DataUnavailableError("its deadline was over"))
+    assert asked.names == ["w1"]
+    with pytest.raises(DataStalledError):
+        asked.until(0.2)
+
+
+def test_tickets_of_one_owner_go_to_the_same_other():
+    clock, second = Clock(), set()
+    view = known(clock, answer(*map(member, NAMES)))
+    for _ in range(8):
+        asked = Asked(view, clock)
+        asked.read.watch(clock())
+        asked.read.failed(asked.attempts[0], DataUnavailableError("gone"))
+        asked.read.watch(clock())
+        second.add(asked.names[-1])
+        view.served("w1")
+    assert len(second) == 1
 
 
 def test_a_late_sign_of_life_ends_a_doubt_that_silence_made_and_no_other():
     clock = Clock()
     view = known(clock, answer(*map(member, NAMES)))
     asked = Asked(view, clock)
-    asked.until(0.31)
+    asked.until(0.65)
     assert names(view.trusted()) == ["w0", "w2", "w3"]
-    asked.read.alive(asked.pings[0], clock())
+    asked.pong("w1")
     assert names(view.trusted()) == list(NAMES)
     asked.read.failed(asked.attempts[0], DataUnavailableError("its storage hangs"))
     assert names(view.trusted()) == ["w0", "w2", "w3"]
-    asked.read.alive(asked.pings[0], clock())
+    asked.pong("w1")
     assert names(view.trusted()) == ["w0", "w2", "w3"]
 
 
@@ -284,7 +266,7 @@ def test_damage_is_told_once_all_that_live_found_it():
     assert asked.names[3:] == [gone], "the one that failed may still have it whole"
     asked.read.failed(asked.attempts[3], DataUnavailableError("gone"))
     view.take(answer(*(member(name, name != gone) for name in ("w0", "w1", "w2"))))
-    with pytest.raises(ShardCorruptError, match="in w1"):
+    with pytest.raises(ShardCorruptError, match=r"train-00001\.arrow in"):
         asked.until(1.0)
 
 
