@@ -1,4 +1,4 @@
-"""A thin wrapper around DeepSpeed's engines: ZeRO 0, 1 and 2 on one stage, ZeRO 1 over a pipeline.
+"""A thin wrapper around DeepSpeed's engines: ZeRO 0 to 3 on one stage, ZeRO 1 over a pipeline.
 
 Owns the process group, the building of an engine from uninitialised modules, one optimizer step and one evaluation of a
 global batch, and this rank's `StateView`s. The caller sets the learning rate, brings the micro-batches and loads the
@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -23,20 +23,22 @@ from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-de
 
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
-from trainer.deepspeed_config import Precision, engine_config, quiet, rank_environment, switch_off_builds
+from trainer.deepspeed_config import BufferSizes, Precision, engine_config, quiet, rank_environment, switch_off_builds
 from trainer.errors import WorkerLostError
 from trainer.fragment_readers import (
     StateView,
     allocate_moments,
     linked_views,
+    partitioned_views,
     plain_views,
+    refresh_partitions,
     set_optimizer_steps,
 )
+from trainer.loss_module import LossModule, Observe
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import make_optimizer
 from trainer.pipeline import StagePipeline, build_pipeline
-from trainer.stages import NamedParameter
-from trainer.tasks.causal_lm import weighted_loss
+from trainer.tasks.base import Task
 from trainer.topology import BatchLayout, Mesh
 
 __all__ = ["StepOutcome", "TrainEngine", "close_process_group", "open_process_group"]
@@ -49,7 +51,7 @@ class StepOutcome:
     """What an optimizer step tells; the same on every rank."""
 
     loss: float
-    """Mean token loss of the global batch, before the update."""
+    """Mean loss of the global batch, before the update."""
     grad_norm: float
     """L2 norm of the whole model's gradient before clipping; tied weights count once."""
 
@@ -136,6 +138,7 @@ class TrainEngine:
         layout: BatchLayout,
         device: torch.device,
         precision: Precision,
+        task: Task,
     ) -> None:
         """Build it, weights uninitialised: fill `views`, then call `refresh`. A collective: every rank calls it."""
         self.mesh = mesh
@@ -144,28 +147,38 @@ class TrainEngine:
         self.dp_index, self.stage = mesh.coordinate(rank)
         self._train = train
         self._zero_stage = train.zero.stage
-        self._model = build_pipeline(config, mesh.dp, mesh.pp) if mesh.pp > 1 else Transformer(config)
-        self.parameters = tuple(_named(self._model))
-        num_elements = sum(named.parameter.numel() for named in self.parameters)
+        self._model: StagePipeline | LossModule = (
+            build_pipeline(config, mesh.dp, mesh.pp, task) if mesh.pp > 1 else LossModule(Transformer(config), task)
+        )
+        self.parameters = tuple(self._model.named_model_parameters())
+        sizes = BufferSizes.of(named.parameter for named in self.parameters)
         self._adamw = make_optimizer(((n.name, n.parameter) for n in self.parameters), train.optimizer)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             self._engine: Any = deepspeed.initialize(
                 model=self._model,
                 optimizer=self._adamw,
-                config=engine_config(train, layout, precision, num_elements),
+                config=engine_config(train, layout, precision, sizes),
                 dist_init_required=False,
             )[0]
         _log.debug("deepspeed: %s", said.getvalue().strip())
         if isinstance(self._model, StagePipeline):
             self._model.schedule_exact_ties(self._engine)
+        elif self._zero_stage == 3:
+            self._model.gather_output_matrix()
         _bound_all_groups(timedelta(seconds=train.collective_timeout_s))
-        allocate_moments(self._adamw)
-        self.views: list[StateView] = (
-            plain_views(self.parameters, self._adamw, self.dp_index, mesh.dp)
-            if self._zero_stage == 0
-            else linked_views(self.parameters, self._adamw, self._adamw.param_groups)
-        )
+        self.views = self._views()
+
+    def _views(self) -> list[StateView]:
+        """Views of this rank's masters and moments; the moments are allocated."""
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            allocate_moments(self._adamw, zero.fp32_partitioned_groups_flat)
+            return partitioned_views(self.parameters, zero)
+        allocate_moments(self._adamw, (held for group in self._adamw.param_groups for held in group["params"]))
+        if self._zero_stage == 0:
+            return plain_views(self.parameters, self._adamw, self.dp_index, self.mesh.dp)
+        return linked_views(self.parameters, self._adamw, self._adamw.param_groups)
 
     @property
     def is_first(self) -> bool:
@@ -191,7 +204,9 @@ class TrainEngine:
             optimizer_steps: updates made so far, 0 for initial weights.
         """
         set_optimizer_steps(self._adamw, optimizer_steps)
-        if self._zero_stage > 0:
+        if self._zero_stage == 3:
+            refresh_partitions(self._engine.optimizer)
+        elif self._zero_stage > 0:
             self._engine.optimizer.update_lp_params()
 
     def train_step(self, batch: Sequence[MicroBatch], lr: float) -> StepOutcome:
@@ -209,7 +224,7 @@ class TrainEngine:
         self._engine.train()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for inputs, targets in batch:
-            micro_loss = weighted_loss(self._engine(*inputs), targets)
+            micro_loss = self._engine(inputs, targets)
             total += micro_loss.detach()
             self._engine.backward(micro_loss)
             if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
@@ -219,27 +234,29 @@ class TrainEngine:
             norm = float(self._engine.get_global_grad_norm())
         return StepOutcome(self._mean_over_dp(total), norm)
 
-    def evaluate(self, batch: Sequence[MicroBatch]) -> float:
-        """Mean token loss of one global batch, without an update. A collective: every rank calls it.
+    def evaluate(self, batch: Sequence[MicroBatch], observe: Observe | None = None) -> float:
+        """Mean loss of one global batch, without an update. A collective: every rank calls it.
 
         Args:
             batch: as for `train_step`, of the same shape.
+            observe: called for each micro-batch on the ranks of the last stage.
         """
         if isinstance(self._model, StagePipeline):
-            return float(self._engine.eval_batch(iter(batch)))
+            with self._model.observed_by(observe):
+                return float(self._engine.eval_batch(iter(batch)))
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         with torch.no_grad():
             for inputs, targets in batch:
-                total += weighted_loss(self._engine.module(*inputs), targets)
+                total += self._engine.module(inputs, targets, observe)
         self._engine.train()
         return self._mean_over_dp(total)
 
-    def global_tokens(self, count: int) -> int:
-        """Valid tokens of the whole global batch. A collective: every rank calls it.
+    def global_units(self, count: int) -> int:
+        """Units of the whole global batch that the loss is the mean of. A collective: every rank calls it.
 
         Args:
-            count: valid tokens of this rank's rows; what the last stages say counts.
+            count: units of this rank's rows (`Task.count`); what the last stages say counts.
         """
         held = torch.tensor([count if self.is_last else 0], dtype=torch.int64, device=self.device)
         dist.all_reduce(held)
@@ -257,14 +274,6 @@ class TrainEngine:
         """Clip without ZeRO, where gradients are whole and equal on all ranks; returns the norm before it."""
         bound = self._train.optimizer.grad_clip or float("inf")
         return float(torch.nn.utils.clip_grad_norm_([n.parameter for n in self.parameters], bound))
-
-
-def _named(model: StagePipeline | Transformer) -> Iterator[NamedParameter]:
-    if isinstance(model, StagePipeline):
-        yield from model.named_stage_parameters()
-    else:
-        for name, parameter in model.named_parameters():
-            yield NamedParameter(name, parameter, counted=True)
 
 
 def _bound_all_groups(timeout: timedelta) -> None:

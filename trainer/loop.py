@@ -12,7 +12,7 @@ from typing import Literal
 
 from data_service.cursor import Cursor
 from trainer.agreement import NEVER, agree
-from trainer.batching import RowSource, count_tokens, micro_batches
+from trainer.batching import RowSource, micro_batches
 from trainer.checkpoint import load_ranges, write_part
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
@@ -24,6 +24,7 @@ from trainer.manifest import EvalRecord, TrainState, read_manifest
 from trainer.model import TransformerConfig, parameter_shapes
 from trainer.optim import lr_at
 from trainer.protocol import EvalReport, FinishedReport, PartReport, RankHooks, StepReport, WorkerSpec
+from trainer.tasks.base import Task
 
 __all__ = ["Rank", "load_state", "save", "train"]
 
@@ -40,6 +41,7 @@ class Rank:
     precision: Precision
     engine: TrainEngine
     client: RowSource
+    task: Task
     has_eval: bool
     """Whether a held-out split exists."""
     step: int = 0
@@ -104,8 +106,8 @@ def train(rank: Rank) -> None:
         began = time.perf_counter()
         rows = None if stream is None else next(stream)
         data_wait_s = time.perf_counter() - began
-        num_tokens = engine.global_tokens(0 if rows is None else count_tokens(rows))
-        batch = [] if rows is None else micro_batches(rows, engine.layout, num_tokens, engine.device)
+        num_units = engine.global_units(0 if rows is None else rank.task.count(rows))
+        batch = [] if rows is None else micro_batches(rank.task, rows, engine.layout, num_units, engine.device)
         lr = lr_at(rank.step, config)
         outcome = engine.train_step(batch, lr)
         rank.step += 1
@@ -121,8 +123,8 @@ def train(rank: Rank) -> None:
                 StepReport(
                     step=rank.step,
                     batch=plan.batch_at(rank.step - 1),
-                    loss=outcome.loss if num_tokens else None,
-                    tokens=num_tokens,
+                    loss=outcome.loss if num_units else None,
+                    tokens=num_units,
                     sample_hash=agreed.sample_hash,
                     lr=lr,
                     grad_norm=outcome.grad_norm,
@@ -158,7 +160,7 @@ def save(rank: Rank, evaluation: EvalRecord | None) -> None:
 def _evaluate(rank: Rank) -> EvalRecord | None:
     if not rank.has_eval:
         return None
-    found = evaluate(rank.engine, rank.client, rank.train_config.eval.max_batches)
+    found = evaluate(rank.engine, rank.task, rank.client, rank.train_config.eval.max_batches)
     if not math.isfinite(found.loss):
         raise NonFiniteLossError(
             f"Step {rank.step}: the evaluation loss is {found.loss}. Lower train.optimizer.lr, or resume from an "

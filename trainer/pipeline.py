@@ -8,8 +8,9 @@ first stage's copy is the one that is counted, clipped and written. Refuses to k
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from deepspeed.pipe import LayerSpec as StageLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -29,7 +30,7 @@ from trainer.model import (
     named_parameters,
 )
 from trainer.stages import NamedParameter, stage_bounds
-from trainer.tasks.causal_lm import weighted_loss
+from trainer.tasks.base import Outputs, Targets, Task
 
 __all__ = [
     "BlockLayer",
@@ -117,7 +118,7 @@ def _reduce_ties(engine: PipelineEngine) -> None:
 class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no types
     """This rank's stage, with the canonical names of its parameters."""
 
-    def __init__(self, config: TransformerConfig, dp: int, pp: int) -> None:
+    def __init__(self, config: TransformerConfig, dp: int, pp: int, task: Task) -> None:
         """Build the stage of this rank. A collective: every rank of the world calls it.
 
         Consecutive ranks form one pipeline (`data` is the outer axis), so that a node that is lost takes whole
@@ -140,8 +141,10 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         super().__init__(
             layers=specs,
             topology=ProcessTopology(axes=["data", "pipe"], dims=[dp, pp]),
-            loss_fn=weighted_loss,
+            loss_fn=self._loss,
         )
+        self._task = task
+        self._observe: Callable[[Outputs, Targets], None] | None = None
         holders = [rank for rank in range(dp * pp) if rank % pp in (0, pp - 1)]
         self._tied_group = dist.new_group(holders) if config.tie_embeddings else None
 
@@ -165,6 +168,21 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         stage = self._topo.get_coord(self.global_rank).pipe
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
+    @contextlib.contextmanager
+    def observed_by(self, observe: Callable[[Outputs, Targets], None] | None) -> Iterator[None]:
+        """Inside, `observe` sees the outputs and targets of every micro-batch; on the last stage alone."""
+        self._observe = observe
+        try:
+            yield
+        finally:
+            self._observe = None
+
+    def _loss(self, outputs: Outputs, targets: Targets) -> Tensor:
+        if self._observe is not None:
+            with torch.no_grad():
+                self._observe(outputs, targets)
+        return self._task.loss(outputs, targets)
+
     def schedule_exact_ties(self, engine: PipelineEngine) -> None:
         """Make an engine of this pipeline reduce tied gradients so that both copies get the same bits.
 
@@ -176,7 +194,7 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         if self._tied_group is not None:
             engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: _reduce_ties}
 
-    def named_stage_parameters(self) -> Iterator[NamedParameter]:
+    def named_model_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter of this stage, in the order of the layers."""
         first, last = self.stage_id == 0, self.stage_id == self.num_stages - 1
         specs: Sequence[LayerSpec] = layers(self._config)
@@ -192,10 +210,10 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
                 yield NamedParameter(name, parameter, counted=first)
 
 
-def build_pipeline(config: TransformerConfig, dp: int, pp: int) -> StagePipeline:
+def build_pipeline(config: TransformerConfig, dp: int, pp: int, task: Task) -> StagePipeline:
     """Build this rank's stage without DeepSpeed's prints. A collective: every rank of the world calls it."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        pipeline = StagePipeline(config, dp, pp)
+        pipeline = StagePipeline(config, dp, pp, task)
     _log.debug("deepspeed: %s", said.getvalue().strip())
     return pipeline

@@ -91,6 +91,7 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         from trainer.deepspeed_engine import TrainEngine, open_process_group
         from trainer.loop import Rank, load_state
         from trainer.model import TransformerConfig
+        from trainer.tasks.make import make_task
         from trainer.topology import BatchLayout, Mesh
     mesh = Mesh(spec.dp, spec.pp)
     if mesh.world_size != spec.world_size or not 0 <= spec.rank < spec.world_size:
@@ -113,12 +114,13 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
             spec.train.collective_timeout_s,
         )
     with _timed(phases, "engine"):
+        task = make_task(spec.train, spec.facts)
         config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
         precision = resolve_precision(spec.train, spec.device)
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
-        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision)
-    rank = Rank(spec, hooks, config, precision, engine, client, has_eval=_has_rows(client, "eval"))
+        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task)
+    rank = Rank(spec, hooks, config, precision, engine, client, task, has_eval=_has_rows(client, "eval"))
     with _timed(phases, "load"):
         load_state(rank)
     hooks.report(ReadyReport(spec.rank, phases))

@@ -7,16 +7,55 @@ mesh.
 Shape letters: B rows, T tokens, V vocabulary.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data_service.schema import BatchSlice
+from trainer.tasks.base import Outputs, Sums, Targets
 from trainer.tasks.rows import TaskRows
 
-__all__ = ["IGNORED", "make_targets", "token_losses", "weighted_loss"]
+__all__ = ["IGNORED", "CausalLM", "make_targets", "token_losses", "weighted_loss"]
 
 IGNORED = -100
 """Label of a token that has no loss."""
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Next-token prediction over every token that counts."""
+
+    metric: str = "loss"
+    better: Literal["lower", "higher"] = "lower"
+    num_labels: int = 0
+
+    def count(self, rows: BatchSlice) -> int:
+        """Labels of these rows that count; masked rows have none."""
+        return int(rows.valid_tokens.sum())
+
+    def targets(self, rows: TaskRows, weight: float) -> Targets:
+        """(labels, weights): see `make_targets`."""
+        return make_targets(rows, weight)
+
+    def loss(self, outputs: Outputs, targets: Targets) -> Tensor:
+        """See `weighted_loss`."""
+        labels_BT, weights_B = targets
+        return weighted_loss(outputs, (labels_BT, weights_B))
+
+    def zeros(self) -> Sums:
+        """None: the loss says it all."""
+        return {}
+
+    def observe(self, outputs: Outputs, targets: Targets) -> Sums:
+        """None."""
+        return {}
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """None."""
+        return {}
 
 
 def make_targets(rows: TaskRows, weight: float) -> tuple[Tensor, Tensor]:
