@@ -21,8 +21,10 @@ __all__ = [
 class ModelConfig(Section):
     """The Transformer. Either its shape, or `from` an existing Hugging Face folder."""
 
-    family: Literal["llama"] = "llama"
-    """Architecture: `llama` is RMSNorm, rotary positions, SwiGLU and grouped-query attention."""
+    family: Literal["llama", "qwen2", "qwen3", "gpt2", "bert"] = "llama"
+    """Architecture. `llama` is RMSNorm, rotary positions, SwiGLU and grouped-query attention; `qwen2` adds biases to
+    queries, keys and values, `qwen3` norms to queries and keys. `gpt2` is LayerNorm, learned positions, GELU and
+    biases. `bert` is an encoder: it classifies and does not generate."""
     from_: str | None = Field(None, alias="from")
     """A Hugging Face folder whose configuration and weights to start from; the shape keys are then read there."""
     d_model: int = Field(256, ge=8)
@@ -36,11 +38,12 @@ class ModelConfig(Section):
     head_dim: int | None = Field(None, ge=2)
     """Width of a head; by default d_model / num_heads."""
     d_ff: int | None = Field(None, ge=8)
-    """Width of the feed-forward layer; by default 8/3 of d_model, rounded up to a multiple of 32."""
+    """Width of the feed-forward layer; by default 8/3 of d_model (gpt2 and bert: 4 times), rounded up to a multiple
+    of 32."""
     rope_theta: float = Field(10000.0, gt=0)
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies; gpt2 and bert have none."""
     norm_eps: float = Field(1e-5, gt=0)
-    """Epsilon of RMSNorm."""
+    """Epsilon of the norms."""
     tie_embeddings: bool = True
     """One matrix for the token embedding and the output head."""
     init_std: float = Field(0.02, gt=0)
@@ -53,7 +56,13 @@ class ModelConfig(Section):
                 f"num_heads={self.num_heads} does not divide d_model={self.d_model}. Change one, or set head_dim."
             )
         width = self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
-        if width % 2:
+        if self.family in ("gpt2", "bert"):
+            if self.num_kv_heads not in (None, self.num_heads) or width * self.num_heads != self.d_model:
+                raise ValueError(
+                    f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim} with family={self.family}: its heads "
+                    "share nothing and are d_model / num_heads wide. Leave both out."
+                )
+        elif width % 2:
             raise ValueError(f"a head is {width} wide: rotary positions need an even width. Set head_dim.")
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -80,8 +89,8 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2] = 1
-    """What is partitioned over dp: nothing, optimizer states, or gradients as well."""
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is partitioned over dp: nothing, optimizer states, gradients as well, or weights as well."""
 
 
 class OptimizerConfig(Section):
@@ -132,6 +141,8 @@ class CheckpointConfig(Section):
     """Keep the newest so many."""
     keep_best: int = Field(1, ge=0)
     """Keep so many more with the lowest evaluation loss."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it beside training; false stands still until it is written."""
 
 
 class TrainConfig(Section):

@@ -6,18 +6,33 @@ reads, and the switches that keep ranks from compiling anything. Builds no engin
 
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from torch import nn
 
 from trainer.config import TrainConfig
 from trainer.topology import BatchLayout
 
-__all__ = ["Precision", "engine_config", "quiet", "rank_environment", "resolve_precision", "switch_off_builds"]
+__all__ = [
+    "BufferSizes",
+    "Precision",
+    "engine_config",
+    "quiet",
+    "rank_environment",
+    "resolve_precision",
+    "switch_off_builds",
+]
 
 Precision = Literal["fp32", "bf16"]
 
 _BUCKET_ELEMENTS = 50_000_000
 """Most elements in one reduction or gathering; DeepSpeed allocates a pipeline's buffer anew in every step."""
+
+
+_LIVE_ELEMENTS = 100_000_000
+"""Elements of gathered weights that ZeRO 3 may keep before it releases and prefetches no more."""
 
 
 def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Precision:
@@ -27,16 +42,33 @@ def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Pre
     return "bf16" if device == "cuda" and train.zero.stage > 0 else "fp32"
 
 
-def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision, num_elements: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BufferSizes:
+    """What bounds DeepSpeed's buffers."""
+
+    num_elements: int
+    """Elements of the parameters that this rank's modules hold."""
+    largest_vector: int
+    """Elements of the largest vector (norm or bias) among them; ZeRO 3 keeps vectors whole and cuts matrices."""
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> Self:
+        """Measure parameters, before an engine has cut them."""
+        held = list(parameters)
+        vectors = [one.numel() for one in held if one.ndim < 2]
+        return cls(sum(one.numel() for one in held), max(vectors, default=0))
+
+
+def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision, sizes: BufferSizes) -> dict[str, Any]:
     """DeepSpeed's configuration of one rank.
 
     Args:
         train: the `train` section; the optimizer and the learning rate are handed over as objects, not by key.
         layout: rows of a rank and how they are cut.
         precision: of the weights that compute; masters, accumulation and reductions are fp32 in either.
-        num_elements: parameters that this rank holds; bounds the buffers.
+        sizes: of the parameters that this rank's modules hold.
     """
-    bucket = min(_BUCKET_ELEMENTS, num_elements + num_elements % 2)
+    bucket = min(_BUCKET_ELEMENTS, sizes.num_elements + sizes.num_elements % 2)
     return {
         "train_batch_size": layout.num_slots,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -51,6 +83,10 @@ def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision,
             "round_robin_gradients": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": sizes.largest_vector,
+            "stage3_max_live_parameters": _LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": _LIVE_ELEMENTS,
         },
         "bf16": {"enabled": precision == "bf16"},
         "communication_data_type": "fp32",

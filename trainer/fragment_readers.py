@@ -1,8 +1,9 @@
 """Which ranges of parameters and moments a rank holds, read and written in place.
 
-Two readers give the same `StateView`s: the linked one follows DeepSpeed 0.19.8's `_hp_mapping` from a parameter to
-this rank's piece of the flat fp32 partition (ZeRO 1 and 2, with and without a pipeline); the plain one serves ZeRO 0,
-where every rank holds everything and each writes an equal share. A view is memory of the optimizer: reading copies
+Three readers give the same `StateView`s: the linked one follows DeepSpeed 0.19.8's `_hp_mapping` from a parameter to
+this rank's piece of the flat fp32 partition (ZeRO 1 and 2, with and without a pipeline); the partitioned one walks the
+flat fp32 sub-groups of ZeRO 3, where each parameter is cut evenly over the ranks; the plain one serves ZeRO 0, where
+every rank holds everything and each writes an equal share. A view is memory of the optimizer: reading copies
 nothing, loading writes through it. Knows canonical names only; file formats belong to `trainer.checkpoint`.
 """
 
@@ -25,8 +26,10 @@ __all__ = [
     "fill_initial",
     "linked_views",
     "load_fragments",
+    "partitioned_views",
     "plain_views",
     "read_fragments",
+    "refresh_partitions",
     "set_optimizer_steps",
     "wanted_ranges",
 ]
@@ -46,21 +49,23 @@ class StateView:
     """[first, last) elements of the view that this rank writes into checkpoints; empty where another rank does."""
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
+def allocate_moments(optimizer: torch.optim.Optimizer, stepped: Iterable[Tensor]) -> None:
     """Give AdamW its state before its first step, so that loading and linking need no dummy step.
 
     DeepSpeed 0.19.8 links moments to parameters after the first group's first step, when the other groups have none
     yet; with the state there from the start all are linked.
+
+    Args:
+        optimizer: a fused AdamW.
+        stepped: the tensors that it steps; ZeRO 3 keeps them out of its parameter groups between steps.
     """
-    for group in optimizer.param_groups:
-        for held in group["params"]:
-            if not optimizer.state[held]:
-                on_device = bool(group.get("fused") or group.get("capturable"))
-                optimizer.state[held] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=held.device if on_device else "cpu"),
-                    "exp_avg": torch.zeros_like(held, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(held, memory_format=torch.preserve_format),
-                }
+    for held in stepped:
+        if not optimizer.state[held]:
+            optimizer.state[held] = {
+                "step": torch.zeros((), dtype=torch.float32, device=held.device),
+                "exp_avg": torch.zeros_like(held, memory_format=torch.preserve_format, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(held, memory_format=torch.preserve_format, requires_grad=False),
+            }
 
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -95,6 +100,51 @@ def linked_views(
         written = (0, held.numel) if named.counted else (0, 0)
         views.append(StateView(named.name, within.start, held.numel, tensors, written))
     return views
+
+
+def partitioned_views(parameters: Iterable[NamedParameter], zero: Any) -> list[StateView]:
+    """The views of a rank under ZeRO 3: the local partitions, in place; nothing is gathered.
+
+    A sub-group's flat fp32 tensor holds this rank's partition of each of its parameters, one after another. Partitions
+    of a parameter are of equal size; the last ones end in padding, which no view holds.
+
+    Args:
+        parameters: all parameters of this rank.
+        zero: DeepSpeed's ZeRO 3 optimizer, 0.19.8; states of its AdamW allocated.
+    """
+    names = {id(named.parameter): named.name for named in parameters}
+    views: list[StateView] = []
+    for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+        state = zero.optimizer.state[flat]
+        offset = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            start = size * zero._get_param_partition_rank(parameter)
+            numel = min(size, parameter.ds_numel - start)
+            if numel > 0:
+                tensors: dict[Kind, Tensor] = {
+                    "master": flat.detach().narrow(0, offset, numel),
+                    "exp_avg": state["exp_avg"].narrow(0, offset, numel),
+                    "exp_avg_sq": state["exp_avg_sq"].narrow(0, offset, numel),
+                }
+                views.append(StateView(names[id(parameter)], start, numel, tensors, (0, numel)))
+            offset += size
+    return views
+
+
+def refresh_partitions(zero: Any) -> None:
+    """Bring the computing partitions of ZeRO 3 in line with fp32 masters that were written through views.
+
+    A collective where small weights are kept whole on every rank: they are gathered again.
+
+    Args:
+        zero: DeepSpeed's ZeRO 3 optimizer, 0.19.8.
+    """
+    zero._partition_all_parameters()
+    for index in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def plain_views(

@@ -28,6 +28,9 @@ MESHES = [
     Case(2, 1, zero=0),
     Case(2, 1, zero=2),
     Case(3, 1, zero=2),
+    Case(1, 1, zero=3),
+    Case(2, 1, zero=3),
+    Case(3, 1, zero=3),
 ]
 MORE_MESHES = [
     Case(1, 3),

@@ -17,7 +17,14 @@ from trainer.protocol import PartReport
 from trainer.stages import stage_bounds
 
 SOURCE = Case(2, 2)
-SAME_MESH = [Case(2, 1), Case(2, 1, zero=2), Case(2, 2), Case(2, 1, zero=0), Case(2, 2, precision="bf16")]
+SAME_MESH = [
+    Case(2, 1),
+    Case(2, 1, zero=2),
+    Case(2, 2),
+    Case(2, 1, zero=0),
+    Case(2, 2, precision="bf16"),
+    Case(2, 1, zero=3),
+]
 MORE_SAME_MESH = [
     Case(1, 1),
     Case(1, 2),
@@ -28,8 +35,11 @@ MORE_SAME_MESH = [
     Case(3, 2),
     Case(2, 1, zero=2, precision="bf16"),
     Case(2, 2, tied=False),
+    Case(3, 1, zero=3),
+    Case(2, 1, zero=3, precision="bf16"),
+    Case(2, 1, zero=3, tied=False),
 ]
-OTHER_MESHES = [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(2, 1, zero=0)]
+OTHER_MESHES = [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(2, 1, zero=0), Case(2, 1, zero=3)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +77,9 @@ def test_moments_matter(lab: Lab) -> None:
     assert worst > 2e-3
 
 
-@pytest.mark.parametrize("via", [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(3, 1, zero=0)], ids=str)
+@pytest.mark.parametrize(
+    "via", [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(3, 1, zero=0), Case(3, 1, zero=3)], ids=str
+)
 def test_there_and_back_gives_the_same_bytes(lab: Lab, via: Case) -> None:
     lab.reference(SOURCE)
     there, back = lab.folder / f"there-{via}", lab.folder / f"back-{via}"
@@ -82,7 +94,9 @@ def test_there_and_back_gives_the_same_bytes(lab: Lab, via: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(2, 1), Case(2, 1, zero=0), Case(2, 1, zero=2), Case(3, 1, zero=2), Case(2, 2)], ids=str
+    "case",
+    [Case(2, 1), Case(2, 1, zero=0), Case(2, 1, zero=2), Case(3, 1, zero=2), Case(2, 2), Case(3, 1, zero=3)],
+    ids=str,
 )
 def test_no_rank_writes_much_more_than_its_share(lab: Lab, case: Case) -> None:
     """Each stage writes its own parameters once, the tied matrix the first; no rank more than its partition of them.

@@ -40,6 +40,7 @@ HOMES = {
         "trainer.deepspeed_config",
         "trainer.deepspeed_engine",
         "trainer.fragment_readers",
+        "trainer.loss_module",
         "trainer.pipeline",
     ),
     "pyarrow.flight": ("data_service.connections", "data_service.server"),
