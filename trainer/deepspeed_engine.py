@@ -10,7 +10,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -194,6 +194,10 @@ class TrainEngine:
     def consumes_rows(self) -> bool:
         """Whether this rank needs rows at all."""
         return self.is_first or self.is_last
+
+    def before_update(self, action: Callable[[], None]) -> None:
+        """Have `action` called before each time the optimizer writes masters and moments."""
+        self._adamw.register_step_pre_hook(lambda *_: action())
 
     def refresh(self, optimizer_steps: int) -> None:
         """Bring the computing weights in line with masters that were just written through `views`.

@@ -9,7 +9,8 @@ StormjibError (data_service.errors)
 ├── CheckpointIncompleteError   parts do not cover every parameter once, or no manifest was committed
 ├── CheckpointCorruptError      bytes of a part do not match the manifest
 ├── ManifestInvalidError        a manifest cannot be read as one
-└── CommitLostError             another attempt committed this step first
+├── CommitLostError             another attempt committed this step first, or has taken over
+└── SaveStalledError            a part is not written within its deadline: retryable
 """
 
 from data_service.errors import StormjibError
@@ -22,6 +23,7 @@ __all__ = [
     "CommitLostError",
     "ManifestInvalidError",
     "NonFiniteLossError",
+    "SaveStalledError",
     "TrainError",
     "WorkerLostError",
 ]
@@ -65,3 +67,9 @@ class ManifestInvalidError(CheckpointError):
 
 class CommitLostError(CheckpointError):
     """Another attempt has committed this step; what it wrote stands."""
+
+
+class SaveStalledError(CheckpointError):
+    """A part of a checkpoint was not written within its deadline."""
+
+    retryable = True

@@ -4,8 +4,10 @@ Owns the order of things in a step and when to evaluate, to write a checkpoint a
 loop and takes the same turns, because each decision follows from the step number or from an agreement of all ranks.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Literal
@@ -13,7 +15,7 @@ from typing import Literal
 from data_service.cursor import Cursor
 from trainer.agreement import NEVER, agree
 from trainer.batching import RowSource, micro_batches
-from trainer.checkpoint import load_ranges, write_part
+from trainer.checkpoint import load_ranges
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
 from trainer.deepspeed_engine import TrainEngine
@@ -23,7 +25,8 @@ from trainer.fragment_readers import fill_initial, load_fragments, read_fragment
 from trainer.manifest import EvalRecord, TrainState, read_manifest
 from trainer.model import TransformerConfig, parameter_shapes
 from trainer.optim import lr_at
-from trainer.protocol import EvalReport, FinishedReport, PartReport, RankHooks, StepReport, WorkerSpec
+from trainer.protocol import EvalReport, FinishedReport, RankHooks, StepReport, WorkerSpec
+from trainer.saver import CheckpointSaver
 from trainer.tasks.base import Task
 
 __all__ = ["Rank", "load_state", "save", "train"]
@@ -91,7 +94,14 @@ def train(rank: Rank) -> None:
         NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike.
         DataError: rows did not come, or were not the plan's.
     """
-    spec, engine, config = rank.spec, rank.engine, rank.train_config
+    with _saver(rank) as saver:
+        reason = _train(rank, saver)
+    rank.hooks.report(FinishedReport(rank.spec.rank, rank.step, reason))
+
+
+def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
+    """The steps; returns why they ended."""
+    engine, config = rank.engine, rank.train_config
     if rank.step == 0:
         _evaluate(rank)
     plan = rank.client.plan("train")
@@ -100,6 +110,7 @@ def train(rank: Rank) -> None:
     stop_after = NEVER
     reason: Literal["steps", "stop"] = "steps"
     while rank.step < config.steps:
+        saver.check()
         wish = rank.hooks.control()
         if wish is not None:
             stop_after = min(stop_after, wish.step)
@@ -140,21 +151,36 @@ def train(rank: Rank) -> None:
         if last or (config.eval.every and rank.step % config.eval.every == 0 and not stopping):
             evaluation = _evaluate(rank)
         if last or stopping or rank.step % config.checkpoint.every == 0:
-            save(rank, evaluation)
+            save(rank, saver, evaluation)
         if stopping:
             reason = "stop"
             break
-    rank.hooks.report(FinishedReport(spec.rank, rank.step, reason))
+    return reason
 
 
-def save(rank: Rank, evaluation: EvalRecord | None) -> None:
-    """Write this rank's part of a checkpoint and report it; the controller commits."""
-    began = time.perf_counter()
-    spec = rank.spec
-    fragments = read_fragments(rank.engine.views)
-    receipt = write_part(spec.checkpoints_uri, rank.step, spec.attempt, spec.rank, fragments)
+def save(rank: Rank, saver: CheckpointSaver, evaluation: EvalRecord | None) -> None:
+    """Begin to write this rank's part of a checkpoint; once durable it is reported, and the controller commits."""
     state = _train_state(rank, evaluation) if rank.reports else None
-    rank.hooks.report(PartReport(rank.step, spec.rank, receipt, state, time.perf_counter() - began))
+    saver.save(rank.step, list(read_fragments(rank.engine.views)), state)
+
+
+@contextlib.contextmanager
+def _saver(rank: Rank) -> Iterator[CheckpointSaver]:
+    """The rank's saver. Its last save is durable when the block ends well, or with a loss that all ranks agree on."""
+    spec, engine = rank.spec, rank.engine
+    asynchronous = rank.train_config.checkpoint.asynchronous
+    saver = CheckpointSaver(
+        spec.checkpoints_uri, spec.attempt, spec.rank, engine.device, rank.hooks.report, asynchronous=asynchronous
+    )
+    saver.reserve(sum(one.numel for one in read_fragments(engine.views)))
+    engine.before_update(saver.fence)
+    try:
+        yield saver
+    except NonFiniteLossError:
+        saver.wait()
+        raise
+    saver.wait()
+    saver.close()
 
 
 def _evaluate(rank: Rank) -> EvalRecord | None:

@@ -184,7 +184,9 @@ class PartReport:
     state: TrainState | None
     """What the manifest records beside the fragments; the reporter rank fills it, all but its `config`."""
     write_s: float = 0.0
-    """Seconds the rank stood still for it."""
+    """Seconds the rank stood still for it: waiting for the save before, copying, and the GPU's wait for the copy."""
+    total_s: float = 0.0
+    """Seconds until the part was durable."""
 
 
 @dataclass(frozen=True)
@@ -232,10 +234,10 @@ class ProfileSteps:
 
 
 class RankHooks(Protocol):
-    """What a rank calls. All calls come from the rank's main thread."""
+    """What a rank calls, from its main thread; `report` also from the thread that writes checkpoints."""
 
     def report(self, report: Report) -> None:
-        """Take a report; it must not block for long."""
+        """Take a report; it must not block for long. A `PartReport` may come while another report is taken."""
 
     def control(self) -> StopAfter | None:
         """Asked once before each step; None lets the rank go on."""

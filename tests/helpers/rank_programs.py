@@ -69,10 +69,11 @@ def _same_on_both_ends(rank: "Rank", kind: Kind) -> bool:
 def load_and_save(spec: WorkerSpec, hooks: QueueHooks, target: str) -> None:
     """Load a checkpoint and write it to `target` at once."""
     from trainer.loop import save
+    from trainer.saver import CheckpointSaver
 
     with _opened(spec, hooks) as rank:
-        rank.spec = replace(spec, checkpoints_uri=target)
-        save(rank, None)
+        device = rank.engine.device
+        save(rank, CheckpointSaver(target, spec.attempt, spec.rank, device, hooks.report, asynchronous=False), None)
 
 
 class _Tampered:
@@ -108,7 +109,8 @@ class _DieAt:
 
     def __init__(self, hooks: QueueHooks, step: int, how: int) -> None:
         self._hooks, self._left, self._how = hooks, step, how
-        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+        self.report, self.profile = hooks.report, hooks.profile
+        self.snapshot, self.wants_snapshot = hooks.snapshot, hooks.wants_snapshot
 
     def control(self) -> None:
         if self._left == 0:
@@ -137,7 +139,8 @@ class _Listening:
     """Hooks that look, once training goes on, where their own process listens."""
 
     def __init__(self, hooks: QueueHooks) -> None:
-        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+        self.report, self.profile = hooks.report, hooks.profile
+        self.snapshot, self.wants_snapshot = hooks.snapshot, hooks.wants_snapshot
         self.addresses: set[str] = set()
 
     def control(self) -> None:
