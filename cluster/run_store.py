@@ -46,6 +46,7 @@ class RunFolder:
         self.discarded_uri = f"{self.root}/metrics.discarded.jsonl"
         self.checkpoints_uri = f"{self.root}/checkpoints"
         self.stop_uri = f"{self.root}/control/stop"
+        self.profile_uri = f"{self.root}/control/profile"
         self.logs_uri = f"{self.root}/logs"
 
     def export_uri(self, step: int) -> str:
@@ -85,6 +86,24 @@ class RunFolder:
     def request_stop(self) -> None:
         """Ask the controller to write a checkpoint and to end."""
         storage.write_bytes(self.stop_uri, json.dumps({"time": time.time()}).encode())
+
+    def request_profile(self, steps: int) -> str:
+        """Ask the ranks for a trace of their next steps; returns the folder that the traces will be in."""
+        number = (self.profile_request() or (0, 0))[0] + 1
+        storage.write_bytes(self.profile_uri, json.dumps({"number": number, "steps": steps}).encode())
+        return self.traces_uri(number)
+
+    def profile_request(self) -> tuple[int, int] | None:
+        """(number, steps) of the newest request for a trace; None without any, or where it is damaged."""
+        try:
+            found = json.loads(storage.read_bytes(self.profile_uri))
+            return int(found["number"]), int(found["steps"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def traces_uri(self, number: int) -> str:
+        """Folder of the traces of one request."""
+        return f"{self.root}/profiles/{number:04d}"
 
     def check_identity(self, config: RunConfig) -> None:
         """Compare with the run that was started here.
