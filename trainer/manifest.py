@@ -93,8 +93,8 @@ class TrainState:
     pp: int
     zero_stage: int
     precision: str
-    model: dict[str, int | float | bool]
-    """The fields of `trainer.model.TransformerConfig`."""
+    model: dict[str, JsonValue]
+    """The fields of the model's `TransformerConfig`."""
     parameters: dict[str, tuple[int, ...]]
     """Canonical name to shape of every trained parameter (`trainer.model.parameter_shapes`)."""
     config: dict[str, JsonValue]
