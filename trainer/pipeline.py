@@ -25,6 +25,7 @@ from trainer.model import (
     Embedding,
     Head,
     LayerSpec,
+    Projection,
     TransformerConfig,
     layers,
     named_parameters,
@@ -79,8 +80,10 @@ class HeadLayer(nn.Module):
 
     def forward(self, inner: Inner) -> Tensor:
         """Returns logits [B, T, V], or normalised hidden states [B, T, D] where embeddings are tied."""
-        out: Tensor = self.layer.norm(inner[0]) if self.tied else self.layer(inner[0])
-        return out
+        if self.tied:
+            return self.layer.normed(inner[0])
+        projection: Projection = self.layer(inner[0])
+        return projection.logits()
 
 
 class EmbeddingLayer(nn.Module):
@@ -98,11 +101,11 @@ class EmbeddingLayer(nn.Module):
 
 def _embed(embedding: Embedding, inner: Inner) -> Inner:
     tokens_BT, positions_BT, context = inner
-    return embedding(tokens_BT), positions_BT, context
+    return embedding(tokens_BT, positions_BT), positions_BT, context
 
 
 def _project(embedding: Embedding, normed_BTD: Tensor) -> Tensor:
-    return embedding.project(normed_BTD)
+    return Projection(normed_BTD, embedding.weight).logits()
 
 
 def _reduce_ties(engine: PipelineEngine) -> None:
@@ -133,7 +136,7 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
             elif layer.kind == "head":
                 specs.append(StageLayer(HeadLayer, config))
                 if config.tie_embeddings:
-                    specs.append(TiedLayerSpec(_TIED, Embedding, config, forward_fn=_project))
+                    specs.append(TiedLayerSpec(_TIED, Embedding, config, matrix_only=True, forward_fn=_project))
             elif config.tie_embeddings:
                 specs.append(TiedLayerSpec(_TIED, Embedding, config, forward_fn=_embed))
             else:
