@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.agent_events import AgentEvent, ExitPayload
 from cluster.checkpoint_commits import CheckpointCommitter
 from cluster.console import RunConsole
+from cluster.evaluations import evaluation_line, evaluation_record
 from cluster.events import Event
 from cluster.policies import Failure, RankExit, classify_failure
 from cluster.run_store import RunWriter
@@ -233,9 +234,9 @@ class Attempt:
         elif isinstance(report, StepReport):
             self._step(report)
         elif isinstance(report, EvalReport):
-            values = {"loss": report.loss, "perplexity": report.perplexity, "tokens": report.tokens}
+            values = evaluation_record(report)
             self._writer.append_metrics({"step": report.step, "eval": values})
-            self._console.evaluation(report.step, report.loss, report.perplexity)
+            self._console.say(evaluation_line(report.step, values))
         elif isinstance(report, PartReport):
             self._committer.add(report)
         else:

@@ -19,7 +19,7 @@ from cluster.events import Event
 from cluster.node_pool import NodePool
 from cluster.placement import Placement
 from cluster.policies import FailureBudget, decide_recovery
-from cluster.run_data import check_cursor, order_of, running_service, train_plan
+from cluster.run_data import check_cursor, order_of, running_service, task_facts, train_plan
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
@@ -225,6 +225,7 @@ class Controller:
         )
         by_node: dict[str, list[WorkerSpec]] = {}
         for rank in range(mesh.world_size):
+            facts=task_facts(config, self._dataset),
             node = placement.node_of(rank)
             local = by_node.setdefault(node, [])
             local.append(replace(spec, rank=rank, local_rank=len(local)))

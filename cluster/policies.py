@@ -109,12 +109,18 @@ def decide_recovery(
 
 
 def choose_promotion(
-    complete: Sequence[int], losses: Mapping[int, float], promote: Literal["best", "last"]
+    complete: Sequence[int], scores: Mapping[int, float], promote: Literal["best", "last"]
 ) -> int | None:
-    """The checkpoint to export and serve; None when there is none. Without evaluations `best` is the newest."""
+    """The checkpoint to export and serve; None when there is none. Without evaluations `best` is the newest.
+
+    Args:
+        complete: committed steps.
+        scores: of those that were evaluated; lower is better.
+        promote: which one.
+    """
     if not complete:
         return None
-    judged = [step for step in complete if step in losses]
+    judged = [step for step in complete if step in scores]
     if promote == "best" and judged:
-        return min(judged, key=lambda step: (losses[step], -step))
+        return min(judged, key=lambda step: (scores[step], -step))
     return max(complete)

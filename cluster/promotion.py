@@ -23,8 +23,8 @@ def promote(config: RunConfig, writer: RunWriter) -> Export:
     """
     folder = writer.folder
     complete = manifest.list_complete(folder.checkpoints_uri)
-    losses = {step: values["loss"] for step, values in folder.history().evals.items()}
-    step = choose_promotion(complete, losses, config.serve.promote)
+    scores = folder.history().scores
+    step = choose_promotion(complete, scores, config.serve.promote)
     if step is None:
         raise ConfigError(f"{folder.checkpoints_uri}: no committed checkpoint to promote. Train first.")
     export = export_step(config, step, folder.export_uri(step))

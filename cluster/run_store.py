@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import RunConfig, dump_yaml
+from cluster.evaluations import score_of
 from cluster.events import Event, EventLog
 from cluster.folder_lock import FolderLock
 from cluster.journal import Journal, open_journal, read_journal
@@ -27,7 +28,12 @@ class StepHistory:
     """The optimizer steps that count, and the evaluations, as metrics.jsonl holds them."""
 
     steps: tuple[dict[str, Any], ...]
-    evals: dict[int, dict[str, float]]
+    evals: dict[int, dict[str, Any]]
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """How good each evaluation was by the task's own metric; lower is better."""
+        return {step: score_of(values) for step, values in self.evals.items()}
 
     @property
     def last_step(self) -> int:

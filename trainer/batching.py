@@ -7,6 +7,7 @@ gets is decided by `trainer.topology`, what they hold by the data service, what 
 from collections.abc import Iterator
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,12 +18,13 @@ from trainer.tasks.base import Targets, Task
 from trainer.tasks.rows import TaskRows
 from trainer.topology import BatchLayout
 
-__all__ = ["MicroBatch", "RowSource", "micro_batches", "task_rows"]
+__all__ = ["MicroBatch", "RowSource", "count_tokens", "micro_batches", "task_rows"]
 
 MicroBatch = tuple[tuple[Tensor, ...], Targets]
 """(inputs, targets) of a forward pass over B rows.
 
-Inputs are (tokens, positions), or (tokens, positions, doc_ids) where attention stays within documents: int64 [B, T].
+Inputs are (tokens, positions), or (tokens, positions, doc_ids) where attention stays within documents and where rows
+are classified: int64 [B, T].
 Targets are the task's.
 """
 
@@ -39,6 +41,11 @@ class RowSource(Protocol):
         """Slots [first, last) of the global batches [start, stop)."""
 
 
+def count_tokens(rows: BatchSlice) -> int:
+    """Tokens of this rank's rows that go through the model and are no padding."""
+    return int(np.maximum(rows.length, 1).sum()) - len(rows.length)
+
+
 def micro_batches(
     task: Task, rows: BatchSlice, layout: BatchLayout, num_units: int, device: torch.device
 ) -> list[MicroBatch]:
@@ -52,7 +59,7 @@ def micro_batches(
         device: where the tensors go.
     """
     assert rows.tokens.shape[0] == layout.slots_per_rank, (rows.tokens.shape, layout)
-    documents = _documents(rows, device)
+    documents = _padding(rows, device) if task.num_labels else _documents(rows, device)
     weight = layout.weight(max(1, num_units))
     cut: list[MicroBatch] = []
     for index, own in enumerate(task_rows(rows, layout, device)):
@@ -79,3 +86,11 @@ def _documents(rows: BatchSlice, device: torch.device) -> tuple[Tensor, ...]:
     if not rows.isolate_documents:
         return ()
     return tuple(torch.from_numpy(one).to(device).to(torch.int64) for one in (rows.positions, rows.doc_ids))
+
+
+def _padding(rows: BatchSlice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(positions, doc_ids), int64 [S, T], of rows that are one text each: 0 for its tokens, 1 for what follows."""
+    num_tokens = rows.tokens.shape[1] - 1
+    places = np.broadcast_to(np.arange(num_tokens, dtype=np.int64), (len(rows.length), num_tokens))
+    behind = (places >= rows.length[:, None]) & rows.rows[:, None]  # a masked slot is one document, of nothing
+    return torch.from_numpy(places.copy()).to(device), torch.from_numpy(behind.astype(np.int64)).to(device)

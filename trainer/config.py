@@ -1,6 +1,6 @@
 """Configuration of `model` and `train`."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,6 +8,7 @@ from data_service.settings import Section
 
 __all__ = [
     "CheckpointConfig",
+    "ClassificationConfig",
     "EvalConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -19,6 +20,9 @@ __all__ = [
 
 
 class ModelConfig(Section):
+TASK_PATTERN = r"^(causal_lm|sft|text_classification|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
+"""Our tasks, and the path of a class."""
+
     """The Transformer. Either its shape, or `from` an existing Hugging Face folder."""
 
     family: Literal["llama", "qwen2", "qwen3", "gpt2", "bert"] = "llama"
@@ -148,8 +152,11 @@ class CheckpointConfig(Section):
 class TrainConfig(Section):
     """How it is trained."""
 
-    task: Literal["causal_lm"] = "causal_lm"
-    """What is learned: `causal_lm` predicts the next token."""
+    task: str = Field("causal_lm", pattern=TASK_PATTERN)
+    """What is learned. `causal_lm` predicts the next token; `sft` does so for the assistant's words of chats;
+    `text_classification` tells the class of a row. A task of your own is `package.module:Class`."""
+    classification: ClassificationConfig = ClassificationConfig()
+    """How classes are told apart; for `text_classification`."""
     parallel: ParallelConfig = ParallelConfig()
     """The mesh."""
     zero: ZeroConfig = ZeroConfig()
@@ -196,3 +203,13 @@ class TrainConfig(Section):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}. Lower one."
             )
         return self
+class ClassificationConfig(Section):
+    """The `text_classification` task."""
+
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = "none"
+    """What the loss of a row counts by its class: all the same, `balanced` (rarer classes more, so that all classes
+    count the same in sum), or a number for each class by its name."""
+    best: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
+    """Which metric on the held-out split says which checkpoint is best."""
+
+

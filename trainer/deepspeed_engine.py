@@ -256,15 +256,16 @@ class TrainEngine:
         self._engine.train()
         return self._mean_over_dp(total)
 
-    def global_units(self, count: int) -> int:
-        """Units of the whole global batch that the loss is the mean of. A collective: every rank calls it.
+    def global_sums(self, *counts: int) -> tuple[int, ...]:
+        """Counts of this rank's rows, added up over the whole global batch. A collective: every rank calls it.
 
         Args:
-            count: units of this rank's rows (`Task.count`); what the last stages say counts.
+            counts: such as units (`Task.count`) and tokens; what the last stages say counts.
         """
-        held = torch.tensor([count if self.is_last else 0], dtype=torch.int64, device=self.device)
+        mine = counts if self.is_last else (0,) * len(counts)
+        held = torch.tensor(mine, dtype=torch.int64, device=self.device)
         dist.all_reduce(held)
-        return int(held.item())
+        return tuple(held.tolist())
 
     def _mean_over_dp(self, weighted_sum: Tensor) -> float:
         """What DeepSpeed's pipeline reports: the sum over micro-batches, divided by gas, meant over dp."""

@@ -62,16 +62,23 @@ def evaluate(engine: TrainEngine, task: Task, client: RowSource, max_batches: in
     total, num_units = 0.0, 0
     for _ in range(stop):
         rows = None if stream is None else next(stream)
-        batch_units = engine.global_units(0 if rows is None else task.count(rows))
+        (batch_units,) = engine.global_sums(0 if rows is None else task.count(rows))
         batch = [] if rows is None else micro_batches(task, rows, layout, batch_units, engine.device)
         total += engine.evaluate(batch, observe if sums else None) * batch_units
         num_units += batch_units
     if num_units == 0:
         raise ConfigError(
             f"the held-out split was evaluated, none of the labels of its {stop} global batches counts: its chats have "
-            "no assistant's words within data.seq_len. Raise data.seq_len, data.split.eval or train.eval.max_batches."
+            "no assistant's words within data.seq_len, or its rows no class. Raise data.seq_len, data.split.eval or "
+            "train.eval.max_batches."
         )
-    return Evaluation(total / num_units, num_units, task.metrics(_over_all_ranks(sums)))
+    metrics = task.metrics(_over_all_ranks(sums))
+    if task.metric != "loss" and task.metric not in metrics:
+        raise ConfigError(
+            f"the task says that {task.metric!r} decides which checkpoint is best, and gives no such metric "
+            f"({', '.join(metrics) or 'none at all'}). Return it from `metrics`, or set `metric` to 'loss'."
+        )
+    return Evaluation(total / num_units, num_units, metrics)
 
 
 def _over_all_ranks(sums: Sums) -> Sums:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from data_service.cursor import Cursor
 from trainer.agreement import NEVER, agree
-from trainer.batching import RowSource, micro_batches
+from trainer.batching import RowSource, count_tokens, micro_batches
 from trainer.checkpoint import load_ranges
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
@@ -117,7 +117,8 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
         began = time.perf_counter()
         rows = None if stream is None else next(stream)
         data_wait_s = time.perf_counter() - began
-        num_units = engine.global_units(0 if rows is None else rank.task.count(rows))
+        held = (0, 0) if rows is None else (rank.task.count(rows), count_tokens(rows))
+        num_units, num_tokens = engine.global_sums(*held)
         batch = [] if rows is None else micro_batches(rank.task, rows, engine.layout, num_units, engine.device)
         lr = lr_at(rank.step, config)
         outcome = engine.train_step(batch, lr)
@@ -135,7 +136,7 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
                     step=rank.step,
                     batch=plan.batch_at(rank.step - 1),
                     loss=outcome.loss if num_units else None,
-                    tokens=num_units,
+                    tokens=num_tokens,
                     sample_hash=agreed.sample_hash,
                     lr=lr,
                     grad_norm=outcome.grad_norm,
@@ -192,9 +193,12 @@ def _evaluate(rank: Rank) -> EvalRecord | None:
             f"Step {rank.step}: the evaluation loss is {found.loss}. Lower train.optimizer.lr, or resume from an "
             "earlier step."
         )
-    record = EvalRecord(found.loss, perplexity(found.loss), found.tokens)
+    task = rank.task
+    record = EvalRecord(
+        found.loss, perplexity(found.loss), found.tokens, found.metrics, metric=task.metric, better=task.better
+    )
     if rank.reports:
-        rank.hooks.report(EvalReport(rank.step, record.loss, record.perplexity, record.tokens))
+        rank.hooks.report(EvalReport(rank.step, **asdict(record)))
     return record
 
 
@@ -220,4 +224,6 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         config={},  # a rank does not know it; who commits fills it in
         versions={name: metadata.version(name) for name in _PACKAGES},
         evaluation=evaluation,
+        task=spec.train.task,
+        labels=spec.facts.labels if rank.task.num_labels else (),
     )

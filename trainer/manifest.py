@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
@@ -79,6 +79,12 @@ class TrainState:
     """What a run goes on from, beside the fragments."""
 
     step: int
+    """Units that the loss is the mean of: tokens, or rows of a classification."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The task's own metrics, by name."""
+    metric: str = "loss"
+    """What says which checkpoint is best: `loss`, or one of `metrics`."""
+    better: Literal["lower", "higher"] = "lower"
     """Steps of the run: the checkpoint's name."""
     optimizer_steps: int
     """Updates that the optimizer has made: its bias correction goes on from here."""
@@ -111,6 +117,10 @@ class Manifest:
     """A committed checkpoint."""
 
     step: int
+    task: str = "causal_lm"
+    """What was learned (`train.task`)."""
+    labels: tuple[str, ...] = ()
+    """Names of a classifier's classes in the order of their numbers."""
     attempt: int
     """The attempt whose parts it names."""
     state: TrainState

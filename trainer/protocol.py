@@ -134,9 +134,10 @@ class StepReport:
     batch: int
     """Absolute number of the global batch that it consumed (`Plan.batch_at`)."""
     loss: float | None
-    """Mean token loss over the valid tokens of the global batch, before the update; None where it has none."""
+    """Mean loss over what counts in the global batch (tokens, or the task's other units), before the update; None where
+    nothing does."""
     tokens: int
-    """Valid tokens in the global batch."""
+    """Tokens of the global batch that are no padding."""
     sample_hash: str
     """Hash of the rows that the ranks consumed, in global order."""
     lr: float
@@ -164,14 +165,17 @@ class EvalReport:
 
     step: int
     loss: float
-    """Mean token loss."""
+    """Mean loss: of tokens, or of the task's other units."""
     perplexity: float
     tokens: int
-    """Valid tokens evaluated."""
+    """Valid tokens, or the task's other units, evaluated."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The task's own metrics, by name."""
     samples: tuple[Sample, ...] = ()
     """Greedy continuations, for language models."""
+    metric: str = "loss"
+    """What says which checkpoint is best: `loss`, or one of `metrics`."""
+    better: Literal["lower", "higher"] = "lower"
 
 
 @dataclass(frozen=True)

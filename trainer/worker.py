@@ -115,7 +115,7 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         )
     with _timed(phases, "engine"):
         task = make_task(spec.train, spec.facts)
-        config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
+        config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len, task.num_labels)
         precision = resolve_precision(spec.train, spec.device)
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")

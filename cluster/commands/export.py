@@ -26,8 +26,8 @@ def execute(arguments: argparse.Namespace) -> int:
     config = config_of(arguments)
     folder = RunFolder(config.root)
     complete = manifest.list_complete(folder.checkpoints_uri)
-    losses = {step: values["loss"] for step, values in folder.history().evals.items()}
-    step = arguments.step if arguments.step is not None else choose_promotion(complete, losses, config.serve.promote)
+    scores = folder.history().scores
+    step = arguments.step if arguments.step is not None else choose_promotion(complete, scores, config.serve.promote)
     if step is None or step not in complete:
         found = ", ".join(map(str, complete)) or "none"
         asked = "no checkpoint" if step is None else f"no checkpoint of step {step}"

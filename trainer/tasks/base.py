@@ -12,12 +12,11 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from data_service.schema import BatchSlice
+from trainer.layers import Outputs
 from trainer.tasks.rows import TaskRows
 
 __all__ = ["Outputs", "Sums", "Targets", "Task"]
 
-Outputs = Tensor
-"""What the model gives: logits [B, T, V] of a language model, [B, C] of a classifier."""
 Targets = tuple[Tensor, ...]
 """What a task compares outputs with: always as many tensors, of the same dtypes, the first axis B."""
 Sums = dict[str, Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_service.schema import BatchSlice
+from trainer.layers import Projection
 from trainer.tasks.base import Outputs, Sums, Targets
 from trainer.tasks.rows import TaskRows
 
@@ -43,7 +44,8 @@ class CausalLM:
     def loss(self, outputs: Outputs, targets: Targets) -> Tensor:
         """See `weighted_loss`."""
         labels_BT, weights_B = targets
-        return weighted_loss(outputs, (labels_BT, weights_B))
+        logits_BTV = outputs.logits() if isinstance(outputs, Projection) else outputs
+        return weighted_loss(logits_BTV, (labels_BT, weights_B))
 
     def zeros(self) -> Sums:
         """None: the loss says it all."""
