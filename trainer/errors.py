@@ -4,13 +4,14 @@ StormjibError (data_service.errors)
 ├── TrainError
 │   ├── WorkerLostError             a rank ended before its run did: retryable
 │   ├── CollectiveTimeoutError      a collective did not end within its deadline: retryable
-│   └── NonFiniteLossError          the loss or the gradient is not a number; never retried blindly
+│   ├── NonFiniteLossError          the loss or the gradient is not a number; never retried blindly
+│   └── LossSpikeError              the loss leapt; never retried blindly
 └── CheckpointError
 ├── CheckpointIncompleteError   parts do not cover every parameter once, or no manifest was committed
 ├── CheckpointCorruptError      bytes of a part do not match the manifest
 ├── ManifestInvalidError        a manifest cannot be read as one
 ├── CommitLostError             another attempt committed this step first, or has taken over
-└── SaveStalledError            a part is not written within its deadline: retryable
+└── SaveFailedError             a part was not taken by the store, or not in time: retryable
 """
 
 from data_service.errors import StormjibError
@@ -21,9 +22,10 @@ __all__ = [
     "CheckpointIncompleteError",
     "CollectiveTimeoutError",
     "CommitLostError",
+    "LossSpikeError",
     "ManifestInvalidError",
     "NonFiniteLossError",
-    "SaveStalledError",
+    "SaveFailedError",
     "TrainError",
     "WorkerLostError",
 ]
@@ -49,6 +51,10 @@ class NonFiniteLossError(TrainError):
     """The loss or the gradient norm is not a number."""
 
 
+class LossSpikeError(TrainError):
+    """The loss leapt beyond what `train.guard` allows."""
+
+
 class CheckpointError(StormjibError):
     """A checkpoint cannot be written or read."""
 
@@ -69,7 +75,7 @@ class CommitLostError(CheckpointError):
     """Another attempt has committed this step; what it wrote stands."""
 
 
-class SaveStalledError(CheckpointError):
-    """A part of a checkpoint was not written within its deadline."""
+class SaveFailedError(CheckpointError):
+    """A part of a checkpoint was not taken by the store, or not within its deadline."""
 
     retryable = True

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from data_service import storage
 from trainer.checkpoint import write_part
-from trainer.errors import SaveStalledError
+from trainer.errors import SaveFailedError
 from trainer.fragments import BYTES_PER_ELEMENT, Fragment
-from trainer.manifest import TrainState
+from trainer.manifest import PartReceipt, TrainState
 from trainer.protocol import PartReport
 
 __all__ = ["CheckpointSaver"]
@@ -150,12 +151,12 @@ class CheckpointSaver:
             state: what the manifest records beside them; the reporter rank's.
 
         Raises:
-            OSError: a part could not be written; also of the save before.
-            SaveStalledError: the save before does not end.
+            OSError: a part could not be written here; also of the save before.
+            SaveFailedError: the store did not take it, or the save before does not end.
         """
         began = time.perf_counter()
         if not self._asynchronous:
-            receipt = write_part(self._checkpoints_uri, step, self._attempt, self._rank, fragments)
+            receipt = self._write_part(step, fragments)
             seconds = time.perf_counter() - began
             self._report(PartReport(step, self._rank, receipt, state, write_s=seconds, total_s=seconds))
             return
@@ -191,8 +192,8 @@ class CheckpointSaver:
         """Wait until the save in flight is durable and reported.
 
         Raises:
-            OSError: it could not be written.
-            SaveStalledError: it does not end.
+            OSError: it could not be written here.
+            SaveFailedError: the store did not take it, or it does not end.
         """
         in_flight = self._in_flight
         if in_flight is None:
@@ -203,7 +204,7 @@ class CheckpointSaver:
         except FutureTimeoutError as error:
             if in_flight.done():
                 raise  # the writing itself said so
-            raise SaveStalledError(
+            raise SaveFailedError(
                 f"Rank {self._rank} waited {deadline_s:.0f} s for its part of step {self._step} "
                 f"({self._num_bytes} bytes) to be written to {self._checkpoints_uri}. Look at the disk or the store "
                 "there, or save less often with train.checkpoint.every."
@@ -216,7 +217,7 @@ class CheckpointSaver:
 
     def _write(self, step: int, copied: _Copy, state: TrainState | None, began: float, stood_s: float) -> None:
         copied.wait()
-        receipt = write_part(self._checkpoints_uri, step, self._attempt, self._rank, copied.fragments)
+        receipt = self._write_part(step, copied.fragments)
         report = PartReport(
             step,
             self._rank,
@@ -226,6 +227,17 @@ class CheckpointSaver:
             total_s=time.perf_counter() - began,
         )
         self._report(report)
+
+    def _write_part(self, step: int, fragments: Sequence[Fragment]) -> PartReceipt:
+        try:
+            return write_part(self._checkpoints_uri, step, self._attempt, self._rank, fragments)
+        except OSError as error:
+            if storage.is_local(self._checkpoints_uri):
+                raise  # a full or broken disk does not mend itself
+            raise SaveFailedError(
+                f"Rank {self._rank} could not write its part of step {step}, after the store's own retries: {error}. "
+                "The run goes on from the checkpoint before; look at the store."
+            ) from error
 
 
 def _yield_to_others() -> None:

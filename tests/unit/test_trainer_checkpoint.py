@@ -24,14 +24,13 @@ from trainer.fragments import KINDS, Kind, Range, coverage_problems, intersect, 
 from trainer.manifest import (
     EvalRecord,
     commit,
-    kept_steps,
     list_complete,
     newest_complete,
-    prune,
     read_manifest,
     verify,
 )
 from trainer.parts import CHUNK_BYTES, group_slices, plan_slices
+from trainer.retention import kept_steps, prune
 
 SHAPES = {"embedding.weight": (13, 8), "blocks.0.norm.weight": (8,), "blocks.0.up.weight": (24, 8), "head.weight": (7,)}
 

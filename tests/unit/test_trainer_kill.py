@@ -13,7 +13,8 @@ import torch
 from tests.helpers.written_parts import commit_whole, expected
 from trainer.checkpoint import load_ranges
 from trainer.fragments import KINDS, Range
-from trainer.manifest import kept_steps, list_complete, newest_complete, prune
+from trainer.manifest import list_complete, newest_complete
+from trainer.retention import kept_steps, prune
 
 SHAPES = {"embedding.weight": (64, 32), "blocks.0.norm.weight": (32,), "blocks.0.up.weight": (128, 32)}
 LONGEST_SAVE_S = 0.02
