@@ -13,8 +13,9 @@ from trainer import attention
 from trainer.attention import CausalContext, DocumentContext, within_documents
 from trainer.batching import MicroBatch, micro_batches, task_rows
 from trainer.config import ModelConfig
+from trainer.losses import IGNORED
 from trainer.model import Transformer, TransformerConfig
-from trainer.tasks.causal_lm import IGNORED, CausalLM, token_losses, weighted_loss
+from trainer.tasks.causal_lm import CausalLM, token_losses, weighted_loss
 from trainer.topology import BatchLayout
 
 SEQ_LEN = 24

@@ -16,13 +16,11 @@ from torch.nn import functional as F
 
 from data_service.schema import BatchSlice
 from trainer.layers import Projection
+from trainer.losses import IGNORED, projected_cross_entropy
 from trainer.tasks.base import Outputs, Sums, Targets
 from trainer.tasks.rows import TaskRows
 
-__all__ = ["IGNORED", "CausalLM", "make_targets", "token_losses", "weighted_loss"]
-
-IGNORED = -100
-"""Label of a token that has no loss."""
+__all__ = ["CausalLM", "make_targets", "token_losses", "weighted_loss"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,11 @@ class CausalLM:
         return make_targets(rows, weight)
 
     def loss(self, outputs: Outputs, targets: Targets) -> Tensor:
-        """See `weighted_loss`."""
+        """Each row's weight times the sum of its token losses, summed; a masked row adds 0 · 0, never 0 / 0."""
         labels_BT, weights_B = targets
-        logits_BTV = outputs.logits() if isinstance(outputs, Projection) else outputs
-        return weighted_loss(logits_BTV, (labels_BT, weights_B))
+        if isinstance(outputs, Projection):
+            return projected_cross_entropy(outputs, labels_BT, weights_B)
+        return weighted_loss(outputs, (labels_BT, weights_B))
 
     def zeros(self) -> Sums:
         """None: the loss says it all."""

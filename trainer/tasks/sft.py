@@ -13,8 +13,9 @@ from torch import Tensor
 
 from data_service.errors import ConfigError
 from trainer.layers import Projection
+from trainer.losses import IGNORED
 from trainer.tasks.base import Outputs, Sums, Targets
-from trainer.tasks.causal_lm import IGNORED, CausalLM
+from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.facts import TaskFacts
 
 __all__ = ["SupervisedFineTuning"]
