@@ -67,8 +67,8 @@ def classify_failure(exits: Sequence[RankExit], lost_nodes: frozenset[str]) -> F
     """Name the cause behind the exits of an attempt.
 
     A lost node explains everything else; a damaged checkpoint is left out by the next attempt. A rank killed by a
-    signal, or whose error says `retryable`, is the machines' fault. What remains is the program's: among those the first
-    error that is not a mere echo of a lost peer is named.
+    signal, or whose error says `retryable`, is the machines' fault. What remains is the program's, and the first error
+    that is not a mere echo of a lost peer is named.
     """
     if lost_nodes:
         names = ", ".join(sorted(node[:8] for node in lost_nodes))
