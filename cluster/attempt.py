@@ -269,8 +269,11 @@ class Attempt:
             "step_s": round(report.step_s, 5),
             "data_wait_s": round(report.data_wait_s, 5),
         }
+        if report.skipped:
+            record["skipped"] = True
+            self._console.say(f"step {report.step} (global batch {report.batch}) made no update: train.guard, or fp16")
         self._writer.append_metrics(record)
-        if report.loss is None and not self._told_empty:
+        if report.loss is None and not report.skipped and not self._told_empty:
             self._told_empty = True
             self._console.say(
                 f"step {report.step}: its rows hold no token to learn, so its loss is null; look at them with "

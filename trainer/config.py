@@ -10,19 +10,21 @@ __all__ = [
     "CheckpointConfig",
     "ClassificationConfig",
     "EvalConfig",
+    "GuardConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ParameterGroupConfig",
     "ScheduleConfig",
     "TrainConfig",
     "ZeroConfig",
 ]
 
-
-class ModelConfig(Section):
 TASK_PATTERN = r"^(causal_lm|sft|text_classification|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
 """Our tasks, and the path of a class."""
 
+
+class ModelConfig(Section):
     """The Transformer. Either its shape, or `from` an existing Hugging Face folder."""
 
     family: Literal["llama", "qwen2", "qwen3", "gpt2", "bert"] = "llama"
@@ -95,36 +97,91 @@ class ZeroConfig(Section):
 
     stage: Literal[0, 1, 2, 3] = 1
     """What is partitioned over dp: nothing, optimizer states, gradients as well, or weights as well."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """`cpu` keeps masters and moments in host memory, and updates them there."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the partitions of the weights in host memory between uses; needs stage 3."""
+
+    @model_validator(mode="after")
+    def _offload_is_legal(self) -> Self:
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise ValueError(
+                "offload_optimizer=cpu with stage=0: without ZeRO every rank would hold all of it. Set stage=1, 2 or 3."
+            )
+        if self.offload_parameters == "cpu" and self.stage != 3:
+            raise ValueError(
+                f"offload_parameters=cpu with stage={self.stage}: only stage 3 cuts the weights. Set stage=3."
+            )
+        return self
+
+
+class ParameterGroupConfig(Section):
+    """Parameters that are trained in another way than the rest."""
+
+    match: str = Field(min_length=1)
+    """Canonical names, with `*` for any characters: `embedding.*`, `*.norm.weight`, `blocks.0.*`, `*lora*`."""
+    lr_scale: float = Field(1.0, ge=0)
+    """Their learning rate as a multiple of the run's; 0 leaves them as they are."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Their weight decay; by default as without this group."""
 
 
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW (decoupled weight decay)."""
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    """`adamw` decays weights apart from the gradient; `adam` and `sgd` add the decay to the gradient."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay of the two moments (adamw and adam)."""
     eps: float = Field(1e-8, gt=0)
-    """Term that keeps the update finite."""
+    """Term that keeps the update finite (adamw and adam)."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Share of the last update that sgd keeps; 0 keeps nothing, and no state."""
+    nesterov: bool = False
+    """Whether sgd looks ahead along its momentum."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decay of the weights; norms are not decayed."""
+    """Decay of the weights; norms and biases are not decayed."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest norm of the whole gradient; 0 does not clip."""
+    groups: tuple[ParameterGroupConfig, ...] = Field((), max_length=32)
+    """Parameters that are trained in another way; of several groups that match, the last one counts."""
+
+    @model_validator(mode="after")
+    def _is_an_optimizer(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas}: both lie from 0 to below 1. Change them.")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true with momentum=0: there is nothing to look ahead along. Set momentum=0.9.")
+        return self
 
 
 class ScheduleConfig(Section):
     """The learning rate over the steps."""
 
-    name: Literal["constant", "cosine", "wsd"] = "cosine"
-    """`wsd` is warm-up, stable, decay."""
+    name: Literal["constant", "cosine", "linear", "inverse_sqrt", "wsd"] = "cosine"
+    """What follows the warm-up: the peak, half a cosine, a straight fall, a fall with 1 / sqrt(step), or `wsd`:
+    warm-up, stable, decay."""
     warmup_steps: int = Field(0, ge=0)
     """Steps of linear rise from 0."""
     decay_fraction: float = Field(0.2, gt=0, le=1)
     """Share of all steps in which `wsd` falls linearly to the minimum."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """The last learning rate as a share of the peak (cosine and wsd)."""
+    """The last learning rate as a share of the peak (cosine, linear and wsd), or the least one (inverse_sqrt)."""
+
+
+class GuardConfig(Section):
+    """What happens to a step whose loss or gradient is no number, or whose loss leaps."""
+
+    action: Literal["stop", "skip"] = "stop"
+    """`stop` ends the run with the batches named; `skip` goes on without that step's update."""
+    spike_factor: float | None = Field(None, gt=1)
+    """A loss above so many times the median of the last `window` ones counts too; by default none does."""
+    window: int = Field(32, ge=4, le=1024)
+    """Steps that the median is taken of; before so many there is no spike."""
+    max_skips: int = Field(8, ge=1)
+    """So many skipped steps in a row stop the run after all."""
 
 
 class EvalConfig(Section):
@@ -149,6 +206,16 @@ class CheckpointConfig(Section):
     """Copy the state to host memory and write it beside training; false stands still until it is written."""
 
 
+class ClassificationConfig(Section):
+    """The `text_classification` task."""
+
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = "none"
+    """What the loss of a row counts by its class: all the same, `balanced` (rarer classes more, so that all classes
+    count the same in sum), or a number for each class by its name."""
+    best: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
+    """Which metric on the held-out split says which checkpoint is best."""
+
+
 class TrainConfig(Section):
     """How it is trained."""
 
@@ -163,8 +230,9 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where the slots have GPUs."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` is bf16 on GPUs and fp32 on CPUs; with bf16 masters and accumulation stay fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto` is bf16 on GPUs and fp32 on CPUs. Masters and accumulation are fp32 always. `fp16` is for GPUs without
+    bf16; its loss is scaled, and a step whose gradient overflows makes no update."""
     global_batch: int = Field(32, ge=1, lt=2**31)
     """Rows per optimizer step, on every mesh."""
     micro_batch: int | Literal["auto"] = "auto"
@@ -175,6 +243,8 @@ class TrainConfig(Section):
     """The optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate schedule."""
+    guard: GuardConfig = GuardConfig()
+    """What happens to a step whose loss is no number, or leaps."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -191,10 +261,22 @@ class TrainConfig(Section):
                 f"zero.stage={self.zero.stage} with parallel.pp={self.parallel.pp}: pipeline stages need ZeRO "
                 "stage 1. Set zero.stage=1 or parallel.pp=1."
             )
-        if self.zero.stage == 0 and self.precision == "bf16":
+        if self.zero.stage == 0 and self.precision in ("bf16", "fp16"):
             raise ValueError(
-                "zero.stage=0 with precision=bf16: without ZeRO there are no fp32 masters. "
+                f"zero.stage=0 with precision={self.precision}: without ZeRO there are no fp32 masters. "
                 "Set zero.stage=1 or precision=fp32."
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("precision=fp16 with device=cpu: fp16 is for GPUs. Set precision=bf16 or fp32.")
+        if self.parallel.pp > 1 and self.precision == "fp16":
+            raise ValueError(
+                f"precision=fp16 with parallel.pp={self.parallel.pp}: DeepSpeed adds up tied gradients in a pipeline "
+                "before they are scaled back. Set precision=bf16 or parallel.pp=1."
+            )
+        if self.parallel.pp > 1 and self.zero.offload_optimizer == "cpu":
+            raise ValueError(
+                f"zero.offload_optimizer=cpu with parallel.pp={self.parallel.pp}: DeepSpeed moves gradients to the "
+                "host before a pipeline has added up the tied ones. Set zero.offload_optimizer=none or parallel.pp=1."
             )
         if self.micro_batch != "auto" and self.micro_batch < 1:
             raise ValueError(f"micro_batch={self.micro_batch}: set a positive number or auto.")
@@ -203,13 +285,3 @@ class TrainConfig(Section):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}. Lower one."
             )
         return self
-class ClassificationConfig(Section):
-    """The `text_classification` task."""
-
-    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = "none"
-    """What the loss of a row counts by its class: all the same, `balanced` (rarer classes more, so that all classes
-    count the same in sum), or a number for each class by its name."""
-    best: Literal["macro_f1", "accuracy", "loss"] = "macro_f1"
-    """Which metric on the held-out split says which checkpoint is best."""
-
-

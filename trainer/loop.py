@@ -19,12 +19,13 @@ from trainer.checkpoint import load_ranges
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
 from trainer.deepspeed_engine import TrainEngine
-from trainer.errors import CheckpointIncompleteError, NonFiniteLossError
+from trainer.errors import CheckpointIncompleteError, LossSpikeError, NonFiniteLossError
 from trainer.evaluate import evaluate, perplexity
 from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
+from trainer.guard import Guard
 from trainer.manifest import EvalRecord, TrainState, read_manifest
 from trainer.model import TransformerConfig, parameter_shapes
-from trainer.optim import lr_at
+from trainer.optim import lr_at, state_kinds
 from trainer.protocol import EvalReport, FinishedReport, RankHooks, StepReport, WorkerSpec
 from trainer.saver import CheckpointSaver
 from trainer.tasks.base import Task
@@ -47,6 +48,8 @@ class Rank:
     task: Task
     has_eval: bool
     """Whether a held-out split exists."""
+    guard: Guard
+    """Judges each step."""
     step: int = 0
     """Optimizer steps done."""
 
@@ -70,7 +73,7 @@ def load_state(rank: Rank) -> None:
     """
     spec, engine = rank.spec, rank.engine
     if spec.resume_step is None:
-        fill_initial(engine.views, spec.seed, rank.config, spec.model.from_)
+        fill_initial((*engine.views, *engine.frozen), spec.seed, rank.config, spec.model.from_)
         engine.refresh(optimizer_steps=0)
         return
     manifest = read_manifest(spec.checkpoints_uri, spec.resume_step)
@@ -83,7 +86,10 @@ def load_state(rank: Rank) -> None:
     Cursor(state.plan_digest, state.consumed_batches).check(rank.client.plan("train"))
     fragments = load_ranges(spec.checkpoints_uri, manifest, wanted_ranges(engine.views))
     load_fragments(engine.views, fragments)
+    fill_initial(engine.frozen, spec.seed, rank.config, spec.model.from_)
     engine.refresh(state.optimizer_steps)
+    engine.loss_scale = state.loss_scale
+    rank.guard = Guard(rank.train_config.guard, state.guard)
     rank.step = state.step
 
 
@@ -91,7 +97,8 @@ def train(rank: Rank) -> None:
     """Train from the loaded state to the last step, or to an agreed stop. A collective: every rank calls it.
 
     Raises:
-        NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike.
+        NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike, as is
+        LossSpikeError: the loss leapt.
         DataError: rows did not come, or were not the plan's.
     """
     with _saver(rank) as saver:
@@ -121,27 +128,32 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
         num_units, num_tokens = engine.global_sums(*held)
         batch = [] if rows is None else micro_batches(rank.task, rows, engine.layout, num_units, engine.device)
         lr = lr_at(rank.step, config)
-        outcome = engine.train_step(batch, lr)
+        outcome = engine.train_step(batch, lr, rank.guard.admits if rank.guard.skips else None)
         rank.step += 1
         agreed = agree(engine, rows, rank.step, stop_after)
         step_s = time.perf_counter() - began
-        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-            raise NonFiniteLossError(
-                f"Step {rank.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}. "
-                "Lower train.optimizer.lr, or lengthen train.schedule.warmup_steps."
-            )
+        batch_number = plan.batch_at(rank.step - 1)
+        skipped = rank.guard.record(
+            rank.step,
+            batch_number,
+            outcome.loss,
+            outcome.grad_norm,
+            counted=num_units > 0,
+            overflowed=outcome.overflowed,
+        )
         if rank.reports:
             rank.hooks.report(
                 StepReport(
                     step=rank.step,
-                    batch=plan.batch_at(rank.step - 1),
-                    loss=outcome.loss if num_units else None,
+                    batch=batch_number,
+                    loss=outcome.loss if num_units and math.isfinite(outcome.loss) else None,
                     tokens=num_tokens,
                     sample_hash=agreed.sample_hash,
                     lr=lr,
-                    grad_norm=outcome.grad_norm,
+                    grad_norm=outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
                     step_s=step_s,
                     data_wait_s=data_wait_s,
+                    skipped=skipped,
                 )
             )
         if rank.hooks.wants_snapshot(rank.step):
@@ -177,7 +189,7 @@ def _saver(rank: Rank) -> Iterator[CheckpointSaver]:
     engine.before_update(saver.fence)
     try:
         yield saver
-    except NonFiniteLossError:
+    except (NonFiniteLossError, LossSpikeError):
         saver.wait()
         raise
     saver.wait()
@@ -208,7 +220,7 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
     cursor = Cursor.of(plan, rank.step)
     return TrainState(
         step=rank.step,
-        optimizer_steps=rank.step,
+        optimizer_steps=rank.step - rank.guard.state.skipped,
         plan_digest=cursor.plan_digest,
         consumed_batches=cursor.consumed_batches,
         dataset_digest=plan.dataset_digest,
@@ -223,7 +235,10 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         parameters=parameter_shapes(rank.config),
         config={},  # a rank does not know it; who commits fills it in
         versions={name: metadata.version(name) for name in _PACKAGES},
+        kinds=state_kinds(spec.train.optimizer),
         evaluation=evaluation,
+        guard=rank.guard.state,
+        loss_scale=rank.engine.loss_scale,
         task=spec.train.task,
         labels=spec.facts.labels if rank.task.num_labels else (),
     )

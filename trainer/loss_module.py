@@ -43,17 +43,19 @@ class LossModule(nn.Module):
             targets: the task's.
             observe: is shown outputs and targets, without gradients, while all weights are there.
         """
-        outputs: Outputs = self.model(*inputs)
+        outputs = self.model.outputs(*inputs)
         if observe is not None:
             with torch.no_grad():
                 observe(outputs, targets)
         return self.task.loss(outputs, targets)
 
     def gather_output_matrix(self) -> None:
-        """Under ZeRO 3: keep what turns hidden states into outputs gathered for the whole pass."""
+        """Under ZeRO 3: keep what a language model's `Projection` refers to gathered for the whole pass."""
         held = dict(self.model.named_parameters())
-        tied = self.model.config.tie_embeddings
-        zero.register_external_parameter(self, held["embedding.weight" if tied else "head.weight"])
+        if self.model.config.num_labels == 0:
+            for name in ("embedding.weight" if self.model.config.tie_embeddings else "head.weight", "head.bias"):
+                if name in held:
+                    zero.register_external_parameter(self, held[name])
 
     def named_model_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter with its canonical name."""

@@ -30,6 +30,7 @@ from trainer.errors import (
 )
 from trainer.fences import read_fences
 from trainer.fragments import BYTES_PER_ELEMENT, KINDS, Kind, coverage_problems
+from trainer.guard import GuardState, LossScale
 from trainer.parts import (
     CHUNK_BYTES,
     PartReceipt,
@@ -117,6 +118,10 @@ class TrainState:
     kinds: tuple[Kind, ...] = KINDS
     """What is stored of each parameter."""
     evaluation: EvalRecord | None = None
+    guard: GuardState = GuardState()
+    """What decides whether coming steps are skipped."""
+    loss_scale: LossScale | None = None
+    """Of fp16; None for other precisions."""
     task: str = "causal_lm"
     """What was learned (`train.task`)."""
     labels: tuple[str, ...] = ()

@@ -55,7 +55,6 @@ def step_figures(report: StepReport, facts: RunFacts) -> dict[str, float]:
     """Figures of one optimizer step, by their declared names."""
     seconds = max(report.step_s, 1e-9)
     found = {
-        "train/grad_norm": report.grad_norm,
         "train/lr": report.lr,
         "train/tokens": float(report.tokens),
         "train/tokens_per_s": report.tokens / seconds,
@@ -65,6 +64,8 @@ def step_figures(report: StepReport, facts: RunFacts) -> dict[str, float]:
     }
     if report.loss is not None:
         found["train/loss"] = report.loss
+    if report.grad_norm is not None:
+        found["train/grad_norm"] = report.grad_norm
     if report.memory_bytes:
         found["memory/peak_gib"] = report.memory_bytes / 2**30
     if facts.peak_flops and facts.flops_per_token:

@@ -197,6 +197,12 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         if self._tied_group is not None:
             engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, ReduceTiedGrads: _reduce_ties}
 
+    def add_filler(self) -> nn.Parameter:
+        """A parameter of one element that nothing computes with; it belongs to no layer and has no name."""
+        filler = nn.Parameter(torch.zeros(1))
+        self.register_parameter(f"filler_{len(self._parameters)}", filler)
+        return filler
+
     def named_model_parameters(self) -> Iterator[NamedParameter]:
         """Every parameter of this stage, in the order of the layers."""
         first, last = self.stage_id == 0, self.stage_id == self.num_stages - 1

@@ -141,14 +141,16 @@ class StepReport:
     sample_hash: str
     """Hash of the rows that the ranks consumed, in global order."""
     lr: float
-    grad_norm: float
-    """L2 norm of the whole model's gradient before clipping."""
+    grad_norm: float | None
+    """L2 norm of the whole model's gradient before clipping; None where it is no finite number."""
     step_s: float
     """Seconds from the first row asked for to the update done."""
     data_wait_s: float
     """Seconds of those in which this rank waited for rows."""
     memory_bytes: int = 0
     """Most memory that this rank has held so far: the allocator's peak on GPUs, resident memory on CPUs."""
+    skipped: bool = False
+    """Whether the step made no update (`train.guard`, or an overflow of fp16)."""
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ def run(spec: WorkerSpec, hooks: RankHooks) -> None:
     try:
         with _named_failures(spec):
             rank = open_rank(spec, hooks, client)
-            from trainer.deepspeed_engine import close_process_group
             from trainer.loop import train
+            from trainer.process_group import close_process_group
 
             train(rank)
             close_process_group()
@@ -88,9 +88,11 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         import torch
 
         from trainer.deepspeed_config import resolve_precision
-        from trainer.deepspeed_engine import TrainEngine, open_process_group
+        from trainer.deepspeed_engine import TrainEngine
+        from trainer.guard import Guard, GuardState
         from trainer.loop import Rank, load_state
         from trainer.model import TransformerConfig
+        from trainer.process_group import open_process_group
         from trainer.tasks.make import make_task
         from trainer.topology import BatchLayout, Mesh
     mesh = Mesh(spec.dp, spec.pp)
@@ -120,7 +122,8 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
         engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task)
-    rank = Rank(spec, hooks, config, precision, engine, client, task, has_eval=_has_rows(client, "eval"))
+    guard = Guard(spec.train.guard, GuardState())
+    rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard)
     with _timed(phases, "load"):
         load_state(rank)
     hooks.report(ReadyReport(spec.rank, phases))

@@ -16,7 +16,7 @@ from tests.helpers.tiny_model import make_model_folder
 from tests.ranks.conftest import GLOBAL_BATCH, HALF, STEPS, Case, Lab
 from trainer.fragments import KINDS
 from trainer.model import Transformer, TransformerConfig
-from trainer.optim import lr_at, make_optimizer
+from trainer.optim import group_parameters, lr_at, make_optimizer
 
 ONE = Case(1, 1)
 MESHES = [
@@ -49,7 +49,7 @@ def test_one_rank_trains_like_a_plain_loop(lab: Lab) -> None:
     config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
     model = Transformer(config)
     initialise(model.named_parameters(), spec.seed, config)
-    optimizer = make_optimizer(model.named_parameters(), spec.train.optimizer)
+    optimizer = make_optimizer(group_parameters(model.named_parameters(), spec.train.optimizer), spec.train.optimizer)
     found = lab.reference(ONE).steps
     with contextlib.closing(DataClient(spec.data)) as client:
         for rows in client.stream("train", 0, STEPS, (0, GLOBAL_BATCH)):

@@ -42,6 +42,7 @@ HOMES = {
         "trainer.fragment_readers",
         "trainer.loss_module",
         "trainer.pipeline",
+        "trainer.process_group",
     ),
     "pyarrow.flight": ("data_service.connections", "data_service.server"),
     "grpc": (

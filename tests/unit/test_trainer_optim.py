@@ -6,7 +6,7 @@ import pytest
 
 from trainer.config import ModelConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from trainer.model import Embedding, Transformer, TransformerConfig
-from trainer.optim import lr_at, make_optimizer
+from trainer.optim import group_parameters, lr_at, make_optimizer
 
 
 def _train(steps: int = 100, **schedule: object) -> TrainConfig:
@@ -54,18 +54,19 @@ def test_warm_up_of_all_steps() -> None:
 
 def test_norms_are_not_decayed_and_no_group_is_empty() -> None:
     config = TransformerConfig.from_section(ModelConfig(d_model=32, num_layers=2, num_heads=4), 50, 8)
-    optimizer = make_optimizer(Transformer(config).named_parameters(), OptimizerConfig(weight_decay=0.3))
+    section = OptimizerConfig(weight_decay=0.3)
+    optimizer = make_optimizer(group_parameters(Transformer(config).named_parameters(), section), section)
     decayed, others = optimizer.param_groups
     assert decayed["weight_decay"] == 0.3
     assert all(parameter.ndim == 2 for parameter in decayed["params"])
     assert others["weight_decay"] == 0.0
     assert len(others["params"]) == 5
-    only = make_optimizer(Embedding(config).named_parameters(), OptimizerConfig())
-    assert len(only.param_groups) == 1
+    assert len(group_parameters(Embedding(config).named_parameters(), OptimizerConfig())) == 1
 
 
 def test_tied_copies_count_once() -> None:
     config = TransformerConfig.from_section(ModelConfig(d_model=32, num_layers=1, num_heads=4), 50, 8)
     embedding = Embedding(config)
     named = [("embedding.weight", embedding.weight), ("embedding.weight", embedding.weight)]
-    assert len(make_optimizer(named, OptimizerConfig()).param_groups[0]["params"]) == 1
+    ((only,),) = group_parameters(named, OptimizerConfig()).values()
+    assert only is embedding.weight
