@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from trainer.adapters import Lora, trained_shapes
 from trainer.errors import CheckpointIncompleteError
 from trainer.fragments import Fragment, Kind, Range
 from trainer.initialise import initial_tensor
@@ -213,17 +214,20 @@ def load_fragments(views: Sequence[StateView], fragments: Iterable[Fragment]) ->
         )
 
 
-def fill_initial(views: Iterable[StateView], seed: int, config: TransformerConfig, folder: str | None) -> None:
+def fill_initial(
+    views: Iterable[StateView], seed: int, config: TransformerConfig, folder: str | None, lora: Lora | None = None
+) -> None:
     """Set masters to their initial values: pure in (seed, canonical name), or from a Hugging Face folder.
 
-    What a classifier has and the folder lacks starts as without a folder. Masters get the fp32 values themselves, not what is left of them after a cast to bf16.
+    What a classifier or adapters have and the folder lacks starts as without a folder. Masters get the fp32 values
+    themselves, not what is left of them after a cast to bf16.
     """
     given: Mapping[str, Tensor] = {}
     if folder is not None:
         from trainer.hf import open_weights  # reading a folder is rare
 
         given = open_weights(folder, config)
-    shapes = parameter_shapes(config)
+    shapes = parameter_shapes(config) | trained_shapes(config, lora)
     with torch.no_grad():
         for view in views:
             name = view.name
