@@ -11,6 +11,7 @@ __all__ = [
     "ClassificationConfig",
     "EvalConfig",
     "GuardConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
@@ -216,12 +217,34 @@ class ClassificationConfig(Section):
     """Which metric on the held-out split says which checkpoint is best."""
 
 
+class LoraConfig(Section):
+    """Train small matrices beside frozen ones (LoRA); needs `model.from`."""
+
+    rank: int = Field(16, ge=1)
+    """Inner width of an adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """An adapter counts alpha / rank."""
+    targets: Literal["all"] | tuple[Literal["q", "k", "v", "out", "gate", "up", "down"], ...] = "all"
+    """Matrices of each block that get one: queries, keys, values and output of attention, and those of the feed-forward
+    layer; `all` is those that the model has."""
+    dropout: Literal[0] = 0
+    """None: models train without dropout here."""
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError("targets is empty: nothing would be trained. Name matrices, or set `all`.")
+        return self
+
+
 class TrainConfig(Section):
     """How it is trained."""
 
     task: str = Field("causal_lm", pattern=TASK_PATTERN)
     """What is learned. `causal_lm` predicts the next token; `sft` does so for the assistant's words of chats;
     `text_classification` tells the class of a row. A task of your own is `package.module:Class`."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the model's own weights."""
     classification: ClassificationConfig = ClassificationConfig()
     """How classes are told apart; for `text_classification`."""
     parallel: ParallelConfig = ParallelConfig()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from trainer.adapters import Lora
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import BufferSizes, Precision, engine_config
@@ -30,6 +31,7 @@ from trainer.fragment_readers import (
     refresh_partitions,
 )
 from trainer.guard import LossScale
+from trainer.lora import attach
 from trainer.loss_module import LossModule, Observe
 from trainer.model import Transformer, TransformerConfig
 from trainer.optim import (
@@ -78,6 +80,7 @@ class TrainEngine:
         device: torch.device,
         precision: Precision,
         task: Task,
+        lora: Lora | None = None,
     ) -> None:
         """Build it, weights uninitialised. A collective: every rank calls it.
 
@@ -94,6 +97,8 @@ class TrainEngine:
         self._model: StagePipeline | LossModule = (
             build_pipeline(config, mesh.dp, mesh.pp, task) if mesh.pp > 1 else LossModule(Transformer(config), task)
         )
+        if lora is not None:
+            attach(self._model, lora)
         self.parameters = tuple(self._model.named_model_parameters())
         sizes = BufferSizes.of(named.parameter for named in self.parameters)
         groups = group_parameters(((n.name, n.parameter) for n in self.parameters), train.optimizer)

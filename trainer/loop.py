@@ -8,11 +8,12 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Literal
 
 from data_service.cursor import Cursor
+from trainer.adapters import Base, Lora, base_of, check_base, trained_shapes
 from trainer.agreement import NEVER, agree
 from trainer.batching import RowSource, count_tokens, micro_batches
 from trainer.checkpoint import load_ranges
@@ -24,7 +25,7 @@ from trainer.evaluate import evaluate, perplexity
 from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
 from trainer.guard import Guard
 from trainer.manifest import EvalRecord, TrainState, read_manifest
-from trainer.model import TransformerConfig, parameter_shapes
+from trainer.model import TransformerConfig
 from trainer.optim import lr_at, state_kinds
 from trainer.protocol import EvalReport, FinishedReport, RankHooks, StepReport, WorkerSpec
 from trainer.saver import CheckpointSaver
@@ -50,6 +51,10 @@ class Rank:
     """Whether a held-out split exists."""
     guard: Guard
     """Judges each step."""
+    lora: Lora | None = None
+    """The adapters that are trained, instead of the model."""
+    base: Base | None = None
+    """What they are trained on; known to the rank that reports."""
     step: int = 0
     """Optimizer steps done."""
 
@@ -57,6 +62,13 @@ class Rank:
     def reports(self) -> bool:
         """Whether this rank speaks for all: the last stage of dp index 0, where the loss is."""
         return self.spec.rank == self.engine.mesh.reporter
+
+    @property
+    def base_folder(self) -> str:
+        """The folder that adapters are trained on; their configuration needs one."""
+        folder = self.spec.model.from_
+        assert folder is not None
+        return folder
 
     @property
     def train_config(self) -> TrainConfig:
@@ -73,12 +85,14 @@ def load_state(rank: Rank) -> None:
     """
     spec, engine = rank.spec, rank.engine
     if spec.resume_step is None:
-        fill_initial((*engine.views, *engine.frozen), spec.seed, rank.config, spec.model.from_)
+        if rank.lora is not None and rank.reports:
+            rank.base = base_of(rank.base_folder)
+        fill_initial((*engine.views, *engine.frozen), spec.seed, rank.config, spec.model.from_, rank.lora)
         engine.refresh(optimizer_steps=0)
         return
     manifest = read_manifest(spec.checkpoints_uri, spec.resume_step)
     state = manifest.state
-    if state.parameters != parameter_shapes(rank.config):
+    if state.parameters != trained_shapes(rank.config, rank.lora) or state.lora != rank.lora:
         raise CheckpointIncompleteError(
             f"Step {state.step} in {spec.checkpoints_uri} holds another model than the `model` section describes. "
             "Resume with the run's own configuration."
@@ -86,7 +100,10 @@ def load_state(rank: Rank) -> None:
     Cursor(state.plan_digest, state.consumed_batches).check(rank.client.plan("train"))
     fragments = load_ranges(spec.checkpoints_uri, manifest, wanted_ranges(engine.views))
     load_fragments(engine.views, fragments)
-    fill_initial(engine.frozen, spec.seed, rank.config, spec.model.from_)
+    if state.base is not None and rank.reports:
+        rank.base = replace(state.base, folder=rank.base_folder)
+        check_base(rank.base)
+    fill_initial(engine.frozen, spec.seed, rank.config, spec.model.from_, rank.lora)
     engine.refresh(state.optimizer_steps)
     engine.loss_scale = state.loss_scale
     rank.guard = Guard(rank.train_config.guard, state.guard)
@@ -232,7 +249,7 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         zero_stage=spec.train.zero.stage,
         precision=rank.precision,
         model=asdict(rank.config),
-        parameters=parameter_shapes(rank.config),
+        parameters=trained_shapes(rank.config, rank.lora),
         config={},  # a rank does not know it; who commits fills it in
         versions={name: metadata.version(name) for name in _PACKAGES},
         kinds=state_kinds(spec.train.optimizer),
@@ -241,4 +258,6 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         loss_scale=rank.engine.loss_scale,
         task=spec.train.task,
         labels=spec.facts.labels if rank.task.num_labels else (),
+        lora=rank.lora,
+        base=rank.base,
     )

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from data_service import storage
+from trainer.adapters import Base, Lora
 from trainer.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -126,6 +127,10 @@ class TrainState:
     """What was learned (`train.task`)."""
     labels: tuple[str, ...] = ()
     """Names of a classifier's classes in the order of their numbers."""
+    lora: Lora | None = None
+    """The adapters, where they are what was trained; `parameters` are theirs."""
+    base: Base | None = None
+    """What adapters were trained on; frozen weights are in no checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def _reduce_ties(engine: PipelineEngine) -> None:
     """Replaces `PipelineEngine._exec_reduce_tied_grads`; see `StagePipeline.schedule_exact_ties`."""
     pipeline: StagePipeline = engine.module
     for weight, _ in pipeline.get_tied_weights_and_groups():
+        if not weight.requires_grad:
+            continue  # frozen under adapters
         gradient = weight._hp_grad if engine.using_bf16_optimizer else weight.grad
         dist.all_reduce(gradient, group=pipeline._tied_group)
         if engine.grid.get_data_parallel_id() != 0:

@@ -87,6 +87,7 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         preload(spec.device)
         import torch
 
+        from trainer.adapters import Lora
         from trainer.deepspeed_config import resolve_precision
         from trainer.deepspeed_engine import TrainEngine
         from trainer.guard import Guard, GuardState
@@ -118,12 +119,13 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
     with _timed(phases, "engine"):
         task = make_task(spec.train, spec.facts)
         config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len, task.num_labels)
+        lora = Lora.of(spec.train.lora, config)
         precision = resolve_precision(spec.train, spec.device)
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
-        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task)
+        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task, lora)
     guard = Guard(spec.train.guard, GuardState())
-    rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard)
+    rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard, lora)
     with _timed(phases, "load"):
         load_state(rank)
     hooks.report(ReadyReport(spec.rank, phases))
