@@ -364,8 +364,9 @@ def test_neighbours_in_a_file_are_read_together_and_far_ones_are_not(tmp_path: P
         ]
         return [[part.stored.name[0] for part in group] for group in group_slices(reversed(slices))]
 
-    assert groups(("master",)) == [["a"], ["b"], ["b"], ["c"]]  # four chunks and a fifth; nine elements each beside
-    assert groups(("exp_avg_sq",)) == [["a"], ["b"], ["b", "c"]]
+    # two chunks, two, and a fifth; nine elements each beside
+    assert groups(("master",)) == [["a"], ["b"], ["b"], ["b"], ["c"]]
+    assert groups(("exp_avg_sq",)) == [["a"], ["b"], ["b"], ["b", "c"]]
     assert [len(group) for group in groups(KINDS)][0] == 3
 
 
