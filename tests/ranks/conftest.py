@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,14 @@ class Lab:
             resume_step=resume_step,
             interface="lo",
         )
+
+    def changed(self, case: Case, checkpoints: Path, resume_step: int | None = None, **keys: object) -> WorkerSpec:
+        """Rank 0's specification with some keys of `train` changed: a section's keys, or a value."""
+        spec = self.spec(case, checkpoints, resume_step)
+        values = spec.train.model_dump()
+        for name, value in keys.items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        return replace(spec, train=TrainConfig.model_validate(values))
 
     def checkpoints(self, case: Case) -> Path:
         """Where the reference run of a case writes."""
