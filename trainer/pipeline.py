@@ -19,7 +19,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from trainer.attention import AttentionContext, CausalContext, within_documents
+from trainer.attention import AttentionContext
 from trainer.model import (
     Block,
     Embedding,
@@ -27,6 +27,7 @@ from trainer.model import (
     LayerSpec,
     Projection,
     TransformerConfig,
+    context_for,
     layers,
     named_parameters,
 )
@@ -49,8 +50,8 @@ _log = logging.getLogger(__name__)
 State = tuple[Tensor, ...]
 """What flows between stages: hidden [B, T, D] (token ids [B, T] before the embedding), positions [B, T] int64, and
 where attention stays within documents doc_ids [B, T] int64."""
-Inner = tuple[Tensor, Tensor, AttentionContext]
-"""What flows between the layers of a stage: hidden and positions as in `State`, and how its blocks attend."""
+Inner = tuple[Tensor, Tensor, AttentionContext, Tensor | None]
+"""What flows between the layers of a stage: hidden, positions and doc_ids as in `State`, and how its blocks attend."""
 
 _TIED = "embedding"
 
@@ -65,12 +66,12 @@ class BlockLayer(nn.Module):
 
     def forward(self, inner: Inner) -> Inner:
         """Advance the hidden states; the rest passes through."""
-        hidden_BTD, positions_BT, context = inner
-        return self.layer(hidden_BTD, positions_BT, context), positions_BT, context
+        hidden_BTD, positions_BT, context, doc_ids_BT = inner
+        return self.layer(hidden_BTD, positions_BT, context), positions_BT, context, doc_ids_BT
 
 
 class HeadLayer(nn.Module):
-    """The end of a pipeline: logits, or, with tied embeddings, what the tied matrix turns into logits."""
+    """The end of a pipeline: the model's outputs, or, with tied embeddings, what the tied matrix is applied to."""
 
     def __init__(self, config: TransformerConfig) -> None:
         """Allocate the head, uninitialised."""
@@ -78,12 +79,13 @@ class HeadLayer(nn.Module):
         self.tied = config.tie_embeddings
         self.layer = Head(config)
 
-    def forward(self, inner: Inner) -> Tensor:
-        """Returns logits [B, T, V], or normalised hidden states [B, T, D] where embeddings are tied."""
+    def forward(self, inner: Inner) -> Outputs:
+        """Returns what `Transformer.outputs` does, or normalised hidden states [B, T, D] where embeddings are tied."""
+        hidden_BTD, _, _, doc_ids_BT = inner
         if self.tied:
-            return self.layer.normed(inner[0])
-        projection: Projection = self.layer(inner[0])
-        return projection.logits()
+            return self.layer.normed(hidden_BTD)
+        outputs: Outputs = self.layer(hidden_BTD, None, doc_ids_BT)
+        return outputs
 
 
 class EmbeddingLayer(nn.Module):
@@ -100,12 +102,12 @@ class EmbeddingLayer(nn.Module):
 
 
 def _embed(embedding: Embedding, inner: Inner) -> Inner:
-    tokens_BT, positions_BT, context = inner
-    return embedding(tokens_BT, positions_BT), positions_BT, context
+    tokens_BT, positions_BT, context, doc_ids_BT = inner
+    return embedding(tokens_BT, positions_BT), positions_BT, context, doc_ids_BT
 
 
-def _project(embedding: Embedding, normed_BTD: Tensor) -> Tensor:
-    return Projection(normed_BTD, embedding.weight).logits()
+def _project(embedding: Embedding, normed_BTD: Tensor) -> Projection:
+    return Projection(normed_BTD, embedding.weight)
 
 
 def _reduce_ties(engine: PipelineEngine) -> None:
@@ -153,19 +155,20 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         holders = [rank for rank in range(dp * pp) if rank % pp in (0, pp - 1)]
         self._tied_group = dist.new_group(holders) if config.tie_embeddings else None
 
-    def forward(self, state: State) -> State | Tensor:
+    def forward(self, state: State) -> State | Outputs:
         """This stage's layers on one micro-batch; its mask is made once for all of them.
 
         Args:
             state: as the stage before sends it; in the first stage the inputs of a micro-batch.
 
         Returns:
-            The state for the next stage; in the last stage the logits.
+            The state for the next stage; in the last stage what `Transformer.outputs` returns.
         """
         _, positions_BT, *documents = state
-        context = within_documents(documents[0]) if documents else CausalContext()
-        out: Inner | Tensor = super().forward((state[0], positions_BT, context))
-        return out if isinstance(out, Tensor) else (out[0], positions_BT, *documents)
+        doc_ids_BT = documents[0] if documents else None
+        context = context_for(self._config, doc_ids_BT)
+        out: Inner | Outputs = super().forward((state[0], positions_BT, context, doc_ids_BT))
+        return (out[0], positions_BT, *documents) if isinstance(out, tuple) else out
 
     def _partition_layers(self, method: str = "parameters") -> None:
         """Cut by our own bounds (overrides DeepSpeed 0.19.8, which balances parameter counts and prints them)."""
