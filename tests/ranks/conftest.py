@@ -108,9 +108,11 @@ class Lab:
         copy_step(self.checkpoints(source), folder, HALF)
         return self.run(self.spec(case, folder, resume_step=HALF)), folder
 
-    def run(self, spec: WorkerSpec, stop_after: dict[int, int] | None = None) -> Outcome:
+    def run(
+        self, spec: WorkerSpec, stop_after: dict[int, int] | None = None, program: Program | None = None
+    ) -> Outcome:
         """Run all ranks and commit what they wrote, as the controller does."""
-        outcome = self.server.run(self.program, specs_of(spec), stop_after)
+        outcome = self.server.run(program or self.program, specs_of(spec), stop_after)
         commit_all(spec, outcome)
         return outcome
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.plain_loop import train_plainly
 from tests.helpers.rank_programs import train_and_compare_tied
 from tests.helpers.ranks import specs_of
 from tests.helpers.tiny_model import make_model_folder
