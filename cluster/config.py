@@ -75,6 +75,7 @@ class RunConfig(Section):
         stalled_s, collective_s = self.data.service.stalled_s, self.train.collective_timeout_s
         if stalled_s >= collective_s:
             raise ValueError(
+        self._check_task()
                 f"data.service.stalled_s={stalled_s:g} with train.collective_timeout_s={collective_s:g}: ranks that "
                 "wait for a peer without data would give up before it says so. Set data.service.stalled_s below it."
             )
@@ -88,6 +89,31 @@ class RunConfig(Section):
     @property
     def root(self) -> str:
         """The run's folder: STORAGE/NAME."""
+    def _check_task(self) -> None:
+        """Raise ValueError where the data or the model are none for the task."""
+        task, sources = self.train.task, self.data.sources
+        if task == "sft" and not any(source.messages is not None for source in sources):
+            raise ValueError(
+                "train.task=sft: no source holds chats. Name their column with data.sources.N.messages, or set "
+                "train.task=causal_lm."
+            )
+        if task == "text_classification" and (
+            self.data.rows != "document" or not any(source.label is not None for source in sources)
+        ):
+            raise ValueError(
+                f"train.task=text_classification with data.rows={self.data.rows}: rows must be texts with classes. Set "
+                "data.rows=document, and the column of the classes with data.sources.N.label."
+            )
+        if task in ("causal_lm", "sft") and self.model.from_ is None and self.model.family == "bert":
+            raise ValueError(
+                f"train.task={task} with model.family=bert: an encoder sees the tokens it would have to predict. Set "
+                "train.task=text_classification, or another family."
+            )
+        if self.train.lora is not None and self.model.from_ is None:
+            raise ValueError(
+                "train.lora without model.from: adapters are trained on weights that are there. Set model.from."
+            )
+
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"
 
     @property
@@ -159,8 +185,16 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     for holder, key in places:
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and "://" not in holder[key]:
             holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
+        _resolve_tokenizer(data.get("tokenizer"), tree.get("run"))
 
 
 def dump_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+def _resolve_tokenizer(tokenizer: Any, run: Any) -> None:
+    """`run://NAME` is the tokenizer of a run below the same storage."""
+    path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
+    if isinstance(path, str) and path.startswith("run://") and isinstance(run, dict):
+        tokenizer["path"] = f"{str(run['storage']).rstrip('/')}/{path.removeprefix('run://')}/dataset/tokenizer"
+
+

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from cluster.chaining import with_base
 from cluster.config import RunConfig
 from cluster.console import RunConsole
 from cluster.controller import Controller
@@ -19,7 +20,7 @@ from cluster.run_store import RunFolder, RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
 from data_service import storage
-from data_service.errors import StormjibError
+from data_service.errors import ConfigError, StormjibError
 from data_service.manifest import DatasetManifest
 from data_service.prepare import prepare
 from data_service.readers import find_files
@@ -46,6 +47,7 @@ def run_all(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
     _check_early(config)
     with ExitStack() as outlives_training:
+    _check_servable(config)
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
             session = outlives_training.enter_context(open_session(config.cluster, config.serve))
             check_deployable(config.serve, local=session.is_local)
@@ -85,6 +87,19 @@ def _check_early(config: RunConfig) -> None:
 
 @contextmanager
 def _opened(config: RunConfig) -> Iterator[RunWriter]:
+def _check_servable(config: RunConfig) -> None:
+    """Refuse what an endpoint cannot answer with.
+
+    Raises:
+        ConfigError: the run trains a classifier.
+    """
+    if config.train.task == "text_classification":
+        raise ConfigError(
+            "train.task=text_classification: the endpoint generates text, and a classifier has none. Use `stormjib "
+            "train`, whose export `transformers` loads as AutoModelForSequenceClassification."
+        )
+
+
     """The run's folder; whatever goes wrong inside is recorded as the run's end."""
     writer = RunWriter.open(config)
     try:
@@ -107,6 +122,7 @@ def _train(
         pool.start()
         began = time.monotonic()
         prepared = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
+        config = with_base(config, console.say)
         manifest = dataset_of_run(config, prepared)
         if manifest.digest != prepared.digest:
             console.say(

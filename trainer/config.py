@@ -1,8 +1,9 @@
 """Configuration of `model` and `train`."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_service.settings import Section
 
@@ -21,6 +22,8 @@ __all__ = [
     "ZeroConfig",
 ]
 
+RUN_REFERENCE = r"run://(?P<run>[a-z0-9][a-z0-9-]*)(@(?P<which>best|latest|step=\d+))?"
+"""`model.from` of a run that starts where another one is."""
 TASK_PATTERN = r"^(causal_lm|sft|text_classification|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"
 """Our tasks, and the path of a class."""
 
@@ -33,7 +36,8 @@ class ModelConfig(Section):
     queries, keys and values, `qwen3` norms to queries and keys. `gpt2` is LayerNorm, learned positions, GELU and
     biases. `bert` is an encoder: it classifies and does not generate."""
     from_: str | None = Field(None, alias="from")
-    """A Hugging Face folder whose configuration and weights to start from; the shape keys are then read there."""
+    """A Hugging Face folder whose configuration and weights to start from; the shape keys are then read there. Or
+    another run below the same `run.storage`: `run://NAME@best`, `run://NAME@latest` or `run://NAME@step=400`."""
     d_model: int = Field(256, ge=8)
     """Width of the residual stream."""
     num_layers: int = Field(6, ge=1)
@@ -55,6 +59,13 @@ class ModelConfig(Section):
     """One matrix for the token embedding and the output head."""
     init_std: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights."""
+
+    @field_validator("from_")
+    @classmethod
+    def _reference_is_whole(cls, value: str | None) -> str | None:
+        if value is not None and value.startswith("run://") and not re.fullmatch(RUN_REFERENCE, value):
+            raise ValueError(f"{value!r} names no run. Write run://NAME@best, run://NAME@latest or run://NAME@step=N.")
+        return value
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
