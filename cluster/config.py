@@ -20,6 +20,7 @@ from data_service.errors import ConfigError
 from data_service.settings import Section
 from serve.config import ServeConfig
 from trainer.config import ModelConfig, TrainConfig
+from trainer.observe.config import ObserveConfig
 
 __all__ = ["RunConfig", "dump_yaml", "load_config"]
 
@@ -37,6 +38,8 @@ class RunConfig(Section):
     """The Transformer."""
     train: TrainConfig = TrainConfig()
     """How it is trained."""
+    observe: ObserveConfig = ObserveConfig()
+    """How the run is watched."""
     serve: ServeConfig = ServeConfig()
     """The endpoint."""
     k8s: K8sConfig = K8sConfig()
@@ -72,10 +75,10 @@ class RunConfig(Section):
                 "train.device=cuda with cluster.node.gpus=0: no slot has a GPU. Set cluster.node.gpus to the slots of "
                 "a node, or train.device=auto."
             )
+        self._check_task()
         stalled_s, collective_s = self.data.service.stalled_s, self.train.collective_timeout_s
         if stalled_s >= collective_s:
             raise ValueError(
-        self._check_task()
                 f"data.service.stalled_s={stalled_s:g} with train.collective_timeout_s={collective_s:g}: ranks that "
                 "wait for a peer without data would give up before it says so. Set data.service.stalled_s below it."
             )
@@ -86,9 +89,6 @@ class RunConfig(Section):
             )
         return self
 
-    @property
-    def root(self) -> str:
-        """The run's folder: STORAGE/NAME."""
     def _check_task(self) -> None:
         """Raise ValueError where the data or the model are none for the task."""
         task, sources = self.train.task, self.data.sources
@@ -114,6 +114,9 @@ class RunConfig(Section):
                 "train.lora without model.from: adapters are trained on weights that are there. Set model.from."
             )
 
+    @property
+    def root(self) -> str:
+        """The run's folder: STORAGE/NAME."""
         return f"{self.run.storage.rstrip('/')}/{self.run.name}"
 
     @property
@@ -182,15 +185,12 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         places.append((data.get("service"), "cache_dir"))
         if isinstance(data.get("sources"), list):
             places.extend((item, "path") for item in data["sources"])
+        _resolve_tokenizer(data.get("tokenizer"), tree.get("run"))
     for holder, key in places:
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and "://" not in holder[key]:
             holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
-        _resolve_tokenizer(data.get("tokenizer"), tree.get("run"))
 
 
-def dump_yaml(config: RunConfig) -> str:
-    """The resolved configuration as YAML."""
-    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
 def _resolve_tokenizer(tokenizer: Any, run: Any) -> None:
     """`run://NAME` is the tokenizer of a run below the same storage."""
     path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
@@ -198,3 +198,6 @@ def _resolve_tokenizer(tokenizer: Any, run: Any) -> None:
         tokenizer["path"] = f"{str(run['storage']).rstrip('/')}/{path.removeprefix('run://')}/dataset/tokenizer"
 
 
+def dump_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)

@@ -23,6 +23,7 @@ from cluster.run_data import check_cursor, order_of, running_service, task_facts
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
+from cluster.watch import RunWatch
 from data_service.access import DataAccess
 from data_service.audit import SampleAudit
 from data_service.errors import ConfigError
@@ -78,6 +79,7 @@ class Controller:
         self._told_skipped: set[int] = set()
         self._sound: set[int] = set()
         self._audit = self._make_audit()
+        self._watch = RunWatch(config, dataset, writer, console)
 
     def train(self) -> TrainOutcome:
         """Train to `train.steps`, through losses.
@@ -108,6 +110,7 @@ class Controller:
                 self._data.stop()
             if self._audit is not None:
                 self._audit.close()
+            self._watch.close()
 
     def _make_audit(self) -> SampleAudit | None:
         config = self._config
@@ -176,6 +179,7 @@ class Controller:
             committer,
             self._console,
             self._audit,
+            self._watch,
             resume_step=resume or 0,
             best_step_before=self._best_step,
             stop_requested=self._stop,
@@ -228,6 +232,7 @@ class Controller:
             facts=task_facts(config, self._dataset),
             threads=max(1, int(config.cluster.node.cpus_per_slot)),
             interface=self._pool.interface,
+            samples=self._watch.sample_wishes(),
         )
         by_node: dict[str, list[WorkerSpec]] = {}
         for rank in range(mesh.world_size):

@@ -27,6 +27,7 @@ from data_service.readers import find_files
 from serve.deployment import deploy, undeploy
 from serve.preflight import check_deployable
 from serve.spec import Endpoint, ServeSpec
+from trainer.observe.services import check_services
 
 __all__ = ["run_all", "serve_export", "train_and_export"]
 
@@ -46,8 +47,8 @@ def train_and_export(config: RunConfig, console: RunConsole) -> int:
 def run_all(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
     _check_early(config)
-    with ExitStack() as outlives_training:
     _check_servable(config)
+    with ExitStack() as outlives_training:
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
             session = outlives_training.enter_context(open_session(config.cluster, config.serve))
             check_deployable(config.serve, local=session.is_local)
@@ -81,12 +82,11 @@ def _check_early(config: RunConfig) -> None:
     RunFolder(config.root).check_identity(config)
     if config.data.service.address:
         service_token()
+    check_services(config.observe.wandb, config.observe.mlflow)
     find_files(config.data.sources)
     check_resume(config)
 
 
-@contextmanager
-def _opened(config: RunConfig) -> Iterator[RunWriter]:
 def _check_servable(config: RunConfig) -> None:
     """Refuse what an endpoint cannot answer with.
 
@@ -100,6 +100,8 @@ def _check_servable(config: RunConfig) -> None:
         )
 
 
+@contextmanager
+def _opened(config: RunConfig) -> Iterator[RunWriter]:
     """The run's folder; whatever goes wrong inside is recorded as the run's end."""
     writer = RunWriter.open(config)
     try:
@@ -120,9 +122,9 @@ def _train(
     """Prepare, train, export; None when the run was stopped on request."""
     with NodePool(config, session, writer, console) as pool:
         pool.start()
+        config = with_base(config, console.say)
         began = time.monotonic()
         prepared = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
-        config = with_base(config, console.say)
         manifest = dataset_of_run(config, prepared)
         if manifest.digest != prepared.digest:
             console.say(

@@ -235,6 +235,24 @@ class TrainEngine:
         self._engine.train()
         return float(self._mean_over_dp(total))
 
+    def look(self, micro_batch: MicroBatch, observe: Observe) -> None:
+        """One forward pass over one micro-batch, of the training's shape in a pipeline, and nothing else.
+
+        A collective: every rank calls it, also those between the first and the last stage.
+
+        Args:
+            micro_batch: inputs and targets.
+            observe: called on the ranks of the last stage.
+        """
+        if isinstance(self._model, StagePipeline):
+            with self._model.observed_by(observe):
+                self._engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
+            return
+        self._engine.eval()
+        with torch.no_grad():
+            self._engine.module(*micro_batch, observe)
+        self._engine.train()
+
     def global_sums(self, *counts: int) -> tuple[int, ...]:
         """Counts of this rank's rows, added up over the whole global batch. A collective: every rank calls it.
 

@@ -20,6 +20,7 @@ from trainer.checkpoint import load_ranges
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
 from trainer.deepspeed_engine import TrainEngine
+from trainer.device_memory import peak_bytes
 from trainer.errors import CheckpointIncompleteError, LossSpikeError, NonFiniteLossError
 from trainer.evaluate import evaluate, perplexity
 from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
@@ -27,9 +28,11 @@ from trainer.guard import Guard
 from trainer.manifest import EvalRecord, TrainState, read_manifest
 from trainer.model import TransformerConfig
 from trainer.optim import lr_at, state_kinds
-from trainer.protocol import EvalReport, FinishedReport, RankHooks, StepReport, WorkerSpec
+from trainer.protocol import EvalReport, FinishedReport, RankHooks, Sample, StepReport, WorkerSpec
+from trainer.samples import generate_samples
 from trainer.saver import CheckpointSaver
 from trainer.tasks.base import Task
+from trainer.tracing import StepTracer
 
 __all__ = ["Rank", "load_state", "save", "train"]
 
@@ -129,6 +132,7 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
     if rank.step == 0:
         _evaluate(rank)
     plan = rank.client.plan("train")
+    tracer = StepTracer(rank.spec.rank, engine.device)
     slots = engine.layout.slots(engine.dp_index)
     stream = rank.client.stream("train", rank.step, config.steps, slots) if engine.consumes_rows else None
     stop_after = NEVER
@@ -145,7 +149,8 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
         num_units, num_tokens = engine.global_sums(*held)
         batch = [] if rows is None else micro_batches(rank.task, rows, engine.layout, num_units, engine.device)
         lr = lr_at(rank.step, config)
-        outcome = engine.train_step(batch, lr, rank.guard.admits if rank.guard.skips else None)
+        with tracer.step(rank.hooks.profile()):
+            outcome = engine.train_step(batch, lr, rank.guard.admits if rank.guard.skips else None)
         rank.step += 1
         agreed = agree(engine, rows, rank.step, stop_after)
         step_s = time.perf_counter() - began
@@ -170,6 +175,7 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
                     grad_norm=outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
                     step_s=step_s,
                     data_wait_s=data_wait_s,
+                    memory_bytes=peak_bytes(engine.device),
                     skipped=skipped,
                 )
             )
@@ -185,6 +191,7 @@ def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
         if stopping:
             reason = "stop"
             break
+    tracer.end()
     return reason
 
 
@@ -226,9 +233,18 @@ def _evaluate(rank: Rank) -> EvalRecord | None:
     record = EvalRecord(
         found.loss, perplexity(found.loss), found.tokens, found.metrics, metric=task.metric, better=task.better
     )
+    samples = _samples(rank)
     if rank.reports:
-        rank.hooks.report(EvalReport(rank.step, **asdict(record)))
+        rank.hooks.report(EvalReport(rank.step, **asdict(record), samples=samples))
     return record
+
+
+def _samples(rank: Rank) -> tuple[Sample, ...]:
+    """What the model writes now; nothing where it is no causal language model. A collective."""
+    wishes = rank.spec.samples
+    if wishes is None or rank.task.num_labels or not rank.config.causal:
+        return ()
+    return generate_samples(rank.engine, rank.task, rank.client, wishes, rank.spec.seq_len)
 
 
 def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:

@@ -76,10 +76,9 @@ def step_figures(report: StepReport, facts: RunFacts) -> dict[str, float]:
 
 def evaluation_figures(report: EvalReport) -> dict[str, float]:
     """Figures of one evaluation, by their declared names, and the task's own."""
-    own: Mapping[str, float] = getattr(report, "metrics", {})
     return {
         "eval/loss": report.loss,
         "eval/perplexity": report.perplexity,
         "eval/tokens": float(report.tokens),
-        **{f"eval/{name}": value for name, value in own.items()},
+        **{f"eval/{name}": value for name, value in report.metrics.items()},
     }

@@ -121,6 +121,8 @@ class ReadyReport:
     """Seconds spent in `import`, `process_group`, `engine` and `load`."""
     device_name: str = ""
     """What the driver calls the rank's GPU; empty on CPUs."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights that compute."""
     flops_per_token: float = 0.0
     """What the whole model needs for a token, forward and backward."""
 

@@ -95,6 +95,7 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         from trainer.model import TransformerConfig
         from trainer.process_group import open_process_group
         from trainer.tasks.make import make_task
+        from trainer.throughput import flops_per_token
         from trainer.topology import BatchLayout, Mesh
     mesh = Mesh(spec.dp, spec.pp)
     if mesh.world_size != spec.world_size or not 0 <= spec.rank < spec.world_size:
@@ -128,7 +129,8 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
     rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard, lora)
     with _timed(phases, "load"):
         load_state(rank)
-    hooks.report(ReadyReport(spec.rank, phases))
+    name = torch.cuda.get_device_name(device) if spec.device == "cuda" else ""
+    hooks.report(ReadyReport(spec.rank, phases, name, precision, flops_per_token(config, spec.seq_len)))
     return rank
 
 

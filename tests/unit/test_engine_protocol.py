@@ -70,7 +70,7 @@ STATE = TrainState(
 )
 REPORTS: list[Report] = [
     ReadyReport(1, {"import": 3.5}),
-    ReadyReport(0, {}, "NVIDIA H100 80GB HBM3", 6e9),
+    ReadyReport(0, {}, "NVIDIA H100 80GB HBM3", "bf16", 6e9),
     StepReport(1, 0, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01, 2**31),
     EvalReport(0, 6.0, 403.4, 1000),
     EvalReport(0, 6.0, 403.4, 1000, {"f1": 0.5}, (Sample((1, 2), (3,)), Sample((4,), ()))),
