@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -158,3 +159,28 @@ def test_a_classifier_is_exported_with_its_classes(classes: Classes, tmp_path: P
     tokens = torch.randint(0, spec.vocab_size, (1, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         assert theirs(tokens).logits.numpy() == pytest.approx(plain.model(tokens).numpy(), abs=2e-3)
+
+
+@pytest.mark.parametrize("case", [Case(2, 2)], ids=str)
+def test_a_users_own_task_is_trained_and_judged(classes: Classes, case: Case, tmp_path: Path) -> None:
+    """With two classes the expected number is the share of the second; the loss its squared distance."""
+    spec = classes.spec(case, tmp_path / "checkpoints")
+    train = spec.train.model_copy(update={"task": "examples.ordinal_task:OrdinalClasses"})
+    outcome = classes.lab.run(replace(spec, train=train))
+    config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len, 2)
+    model = Transformer(config)
+    initialise(model.named_parameters(), spec.seed, config)
+    squares, distances = [], []
+    with contextlib.closing(DataClient(spec.data)) as client, torch.no_grad():
+        for rows in client.stream("eval", 0, client.plan("eval").num_batches, (0, GLOBAL_BATCH)):
+            assert rows.labels is not None
+            for slot in np.flatnonzero(rows.rows):
+                tokens = torch.from_numpy(rows.tokens[slot, : int(rows.length[slot])].astype("int64"))
+                share = float(model(tokens[None]).softmax(dim=-1)[0, 1])
+                distances.append(abs(share - int(rows.labels[slot])))
+                squares.append(distances[-1] ** 2)
+    first = outcome.evals[0]
+    assert first.loss == pytest.approx(sum(squares) / len(squares), rel=1e-3)
+    assert first.metrics == {"mean_distance": pytest.approx(sum(distances) / len(distances), rel=1e-3)}
+    assert (first.metric, first.better) == ("mean_distance", "lower")
+    assert outcome.evals[STEPS].loss < first.loss
