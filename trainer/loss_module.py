@@ -43,7 +43,8 @@ class LossModule(nn.Module):
             targets: the task's.
             observe: is shown outputs and targets, without gradients, while all weights are there.
         """
-        outputs = self.model.outputs(*inputs)
+        tokens_BT, positions_BT, *documents = inputs
+        outputs = self.model.outputs(tokens_BT, positions_BT, documents[0] if documents else None)
         if observe is not None:
             with torch.no_grad():
                 observe(outputs, targets)
