@@ -271,6 +271,9 @@ class TrainConfig(Section):
     """Rows per optimizer step, on every mesh."""
     micro_batch: int | Literal["auto"] = "auto"
     """Rows per forward pass of a rank; `auto` keeps a pipeline full and a micro-batch at 8 rows or fewer."""
+    recompute: Literal["none", "blocks"] = "none"
+    """What the forward pass keeps for the backward pass: everything, or of each block only its input, at the price of
+    computing the block twice."""
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the run."""
     optimizer: OptimizerConfig = OptimizerConfig()

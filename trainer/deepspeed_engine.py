@@ -94,8 +94,11 @@ class TrainEngine:
         self._precision = precision
         self._zero_stage = train.zero.stage
         self._clipped_norm: Tensor | None = None
+        recompute = train.recompute == "blocks"
         self._model: StagePipeline | LossModule = (
-            build_pipeline(config, mesh.dp, mesh.pp, task) if mesh.pp > 1 else LossModule(Transformer(config), task)
+            build_pipeline(config, mesh.dp, mesh.pp, task, recompute)
+            if mesh.pp > 1
+            else LossModule(Transformer(config, recompute), task)
         )
         if lora is not None:
             attach(self._model, lora)

@@ -54,7 +54,7 @@ def projected_cross_entropy(
     if torch.is_grad_enabled() and any(
         one is not None and one.requires_grad for one in (hidden_SD, projection.weight_VD, projection.bias_V)
     ):
-        loss: Tensor = _ChunkedLoss.apply(*arguments)
+        loss: Tensor = _ChunkedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
     return _sum_losses(*arguments)
 

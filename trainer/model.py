@@ -83,10 +83,11 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         doc_ids_BT: Tensor | None = None,
+        *,
         context: AttentionContext | None = None,
     ) -> Tensor:
         """Logits: [B, T, V] of a language model, [B, C] of a classifier. Arguments are those of `outputs`."""
-        found = self.outputs(tokens_BT, positions_BT, doc_ids_BT, context)
+        found = self.outputs(tokens_BT, positions_BT, doc_ids_BT, context=context)
         return found.logits() if isinstance(found, Projection) else found
 
     def outputs(
@@ -94,6 +95,7 @@ class Transformer(nn.Module):
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
         doc_ids_BT: Tensor | None = None,
+        *,
         context: AttentionContext | None = None,
     ) -> Outputs:
         """What a loss is made of: the projection of a language model, logits [B, C] of a classifier.

@@ -30,6 +30,7 @@ from trainer.model import (
     context_for,
     layers,
     named_parameters,
+    run_block,
 )
 from trainer.stages import NamedParameter, stage_bounds
 from trainer.tasks.base import Outputs, Targets, Task
@@ -59,15 +60,17 @@ _TIED = "embedding"
 class BlockLayer(nn.Module):
     """A block in a pipeline."""
 
-    def __init__(self, config: TransformerConfig, index: int) -> None:
-        """Allocate block `index`, uninitialised."""
+    def __init__(self, config: TransformerConfig, index: int, recompute: bool) -> None:
+        """Allocate block `index`, uninitialised; see `trainer.layers.run_block` for `recompute`."""
         super().__init__()
         self.layer = Block(config, index)
+        self._recompute = recompute
 
     def forward(self, inner: Inner) -> Inner:
         """Advance the hidden states; the rest passes through."""
         hidden_BTD, positions_BT, context, doc_ids_BT = inner
-        return self.layer(hidden_BTD, positions_BT, context), positions_BT, context, doc_ids_BT
+        hidden_BTD = run_block(self.layer, hidden_BTD, positions_BT, context, self._recompute)
+        return hidden_BTD, positions_BT, context, doc_ids_BT
 
 
 class HeadLayer(nn.Module):
@@ -125,7 +128,7 @@ def _reduce_ties(engine: PipelineEngine) -> None:
 class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no types
     """This rank's stage, with the canonical names of its parameters."""
 
-    def __init__(self, config: TransformerConfig, dp: int, pp: int, task: Task) -> None:
+    def __init__(self, config: TransformerConfig, dp: int, pp: int, task: Task, recompute: bool) -> None:
         """Build the stage of this rank. A collective: every rank of the world calls it.
 
         Consecutive ranks form one pipeline (`data` is the outer axis), so that a node that is lost takes whole
@@ -136,7 +139,7 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         specs: list[StageLayer] = []
         for layer in layers(config):
             if layer.kind == "block":
-                specs.append(StageLayer(BlockLayer, config, layer.index))
+                specs.append(StageLayer(BlockLayer, config, layer.index, recompute))
             elif layer.kind == "head":
                 specs.append(StageLayer(HeadLayer, config))
                 if config.tie_embeddings:
@@ -224,10 +227,10 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
                 yield NamedParameter(name, parameter, counted=first)
 
 
-def build_pipeline(config: TransformerConfig, dp: int, pp: int, task: Task) -> StagePipeline:
+def build_pipeline(config: TransformerConfig, dp: int, pp: int, task: Task, recompute: bool) -> StagePipeline:
     """Build this rank's stage without DeepSpeed's prints. A collective: every rank of the world calls it."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        pipeline = StagePipeline(config, dp, pp, task)
+        pipeline = StagePipeline(config, dp, pp, task, recompute)
     _log.debug("deepspeed: %s", said.getvalue().strip())
     return pipeline
