@@ -176,6 +176,9 @@ def test_a_name_that_is_no_task_is_refused() -> None:
 class HalfATask:
     """Lacks nearly everything."""
 
+    def __init__(self, train: TrainConfig, facts: TaskFacts) -> None:
+        self.facts = facts
+
     def count(self) -> int:
         return 0
 

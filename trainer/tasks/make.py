@@ -32,7 +32,13 @@ def make_task(train: TrainConfig, facts: TaskFacts) -> Task:
         return SupervisedFineTuning.of(facts)
     if train.task == "text_classification":
         return TextClassification.of(train.classification, facts)
-    return _load(train.task)(train, facts)
+    task = _load(train.task)(train, facts)
+    missing = [part for part in _PARTS if not hasattr(task, part)]
+    if missing:
+        raise ConfigError(
+            f"train.task={train.task} lacks {', '.join(missing)}. A task has what trainer.tasks.base.Task names."
+        )
+    return task
 
 
 def _load(path: str) -> Callable[[TrainConfig, TaskFacts], Task]:
@@ -45,9 +51,4 @@ def _load(path: str) -> Callable[[TrainConfig, TaskFacts], Task]:
             f"train.task={path}: {type(error).__name__}: {error}. Name a class as package.module:Class, in a module "
             "that Python finds on every node (on this machine: in the folder where the command runs, or installed)."
         ) from error
-    missing = [part for part in _PARTS if not hasattr(found, part)]
-    if missing:
-        raise ConfigError(
-            f"train.task={path}: {name} lacks {', '.join(missing)}. A task has what trainer.tasks.base.Task names."
-        )
     return found
