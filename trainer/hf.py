@@ -35,7 +35,7 @@ __all__ = ["FolderWeights", "build_from_hf", "load_hf", "open_weights", "read_co
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _NAMES = {"F32": "float32", "BF16": "bfloat16"}
 _HEADS = ("head.classifier.", "head.pooler.")
