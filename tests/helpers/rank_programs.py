@@ -244,3 +244,32 @@ def _opened(spec: WorkerSpec, hooks: QueueHooks) -> Iterator["Rank"]:
         yield worker.open_rank(spec, hooks, client)
     finally:
         client.close()
+
+
+def train_in_fp16_on_cpu(spec: WorkerSpec, hooks: QueueHooks) -> list[float]:
+    """Train with fp16, which is for GPUs: CPUs are slow at it, but they count the same. Returns the loss scales.
+
+    The scale begins high and doubles soon, so that gradients overflow now and then.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    from trainer import deepspeed_config
+    from trainer.loop import train
+
+    worker.preload("cpu")
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed_config.resolve_precision = lambda train, device: "fp16"
+    deepspeed_config._LOSS_SCALE_POWER, deepspeed_config._LOSS_SCALE_WINDOW = 16, 3
+    scales: list[float] = []
+    with _opened(spec, hooks) as rank:
+        step = rank.engine.train_step
+
+        def noted(*arguments: object) -> object:
+            done = step(*arguments)
+            assert rank.engine.loss_scale is not None
+            scales.append(rank.engine.loss_scale.scale)
+            return done
+
+        rank.engine.train_step = noted
+        train(rank)
+    return scales
