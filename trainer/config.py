@@ -96,6 +96,8 @@ class ParallelConfig(Section):
     """Data-parallel degree; `auto` takes what the slots allow. After a loss an elastic run goes on with less."""
     pp: int = Field(1, ge=1)
     """Pipeline stages."""
+    balance: Literal["parameters", "measured"] = "parameters"
+    """What layers cost where a pipeline is cut: their matrices, or their time, measured when an attempt starts."""
 
     @model_validator(mode="after")
     def _dp_positive(self) -> Self:
@@ -274,6 +276,9 @@ class TrainConfig(Section):
     recompute: Literal["none", "blocks"] = "none"
     """What the forward pass keeps for the backward pass: everything, or of each block only its input, at the price of
     computing the block twice."""
+    compile: bool = False
+    """Let torch.compile fuse the inside of each block; for GPUs, where it saves passes over memory. Every rank then
+    compiles for a minute when it starts."""
     steps: int = Field(1000, ge=1)
     """Optimizer steps of the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -305,6 +310,11 @@ class TrainConfig(Section):
             )
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError("precision=fp16 with device=cpu: fp16 is for GPUs. Set precision=bf16 or fp32.")
+        if self.compile and (self.device == "cpu" or self.zero.stage == 3):
+            raise ValueError(
+                f"compile=true with device={self.device} and zero.stage={self.zero.stage}: blocks are compiled for "
+                "GPUs, and ZeRO stage 3 reads its weights by hooks that cannot be. Set compile=false."
+            )
         if self.parallel.pp > 1 and self.precision == "fp16":
             raise ValueError(
                 f"precision=fp16 with parallel.pp={self.parallel.pp}: DeepSpeed adds up tied gradients in a pipeline "

@@ -31,6 +31,7 @@ from trainer.fragment_readers import (
     refresh_partitions,
 )
 from trainer.guard import LossScale
+from trainer.layers import compile_blocks
 from trainer.lora import attach
 from trainer.loss_module import LossModule, Observe
 from trainer.model import Transformer, TransformerConfig
@@ -45,6 +46,7 @@ from trainer.optim import (
 )
 from trainer.pipeline import StagePipeline, build_pipeline
 from trainer.process_group import bound_all_groups
+from trainer.stages import LayerCosts, stage_bounds
 from trainer.step_gate import Admit, StepGate
 from trainer.tasks.base import Task
 from trainer.topology import BatchLayout, Mesh
@@ -81,10 +83,11 @@ class TrainEngine:
         precision: Precision,
         task: Task,
         lora: Lora | None = None,
+        costs: LayerCosts | None = None,
     ) -> None:
-        """Build it, weights uninitialised. A collective: every rank calls it.
+        """Build it, weights uninitialised; fill `views` and `frozen`, then call `refresh`.
 
-        Fill `views` and `frozen`, then call `refresh`.
+        A collective: every rank calls it, with the same `costs` of layers where it is a pipeline.
         """
         self.mesh = mesh
         self.layout = layout
@@ -96,12 +99,14 @@ class TrainEngine:
         self._clipped_norm: Tensor | None = None
         recompute = train.recompute == "blocks"
         self._model: StagePipeline | LossModule = (
-            build_pipeline(config, mesh.dp, mesh.pp, task, recompute)
+            build_pipeline(config, mesh.dp, stage_bounds(config, mesh.pp, costs), task, recompute)
             if mesh.pp > 1
             else LossModule(Transformer(config, recompute), task)
         )
         if lora is not None:
             attach(self._model, lora)
+        if train.compile:
+            compile_blocks(self._model)
         self.parameters = tuple(self._model.named_model_parameters())
         sizes = BufferSizes.of(named.parameter for named in self.parameters)
         groups = group_parameters(((n.name, n.parameter) for n in self.parameters), train.optimizer)

@@ -32,7 +32,7 @@ from trainer.model import (
     named_parameters,
     run_block,
 )
-from trainer.stages import NamedParameter, stage_bounds
+from trainer.stages import NamedParameter
 from trainer.tasks.base import Outputs, Targets, Task
 
 __all__ = [
@@ -43,7 +43,6 @@ __all__ = [
     "StagePipeline",
     "State",
     "build_pipeline",
-    "stage_bounds",
 ]
 
 _log = logging.getLogger(__name__)
@@ -128,14 +127,15 @@ def _reduce_ties(engine: PipelineEngine) -> None:
 class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no types
     """This rank's stage, with the canonical names of its parameters."""
 
-    def __init__(self, config: TransformerConfig, dp: int, pp: int, task: Task, recompute: bool) -> None:
-        """Build the stage of this rank. A collective: every rank of the world calls it.
+    def __init__(self, config: TransformerConfig, dp: int, bounds: Sequence[int], task: Task, recompute: bool) -> None:
+        """Build the stage of this rank, cut by `bounds`. A collective: every rank of the world calls it.
 
         Consecutive ranks form one pipeline (`data` is the outer axis), so that a node that is lost takes whole
         pipelines with it and not every copy of one stage.
         """
         self._config = config
-        self._bounds = stage_bounds(config, pp)
+        self._bounds = tuple(bounds)
+        pp = len(bounds) - 1
         specs: list[StageLayer] = []
         for layer in layers(config):
             if layer.kind == "block":
@@ -227,10 +227,12 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
                 yield NamedParameter(name, parameter, counted=first)
 
 
-def build_pipeline(config: TransformerConfig, dp: int, pp: int, task: Task, recompute: bool) -> StagePipeline:
+def build_pipeline(
+    config: TransformerConfig, dp: int, bounds: Sequence[int], task: Task, recompute: bool
+) -> StagePipeline:
     """Build this rank's stage without DeepSpeed's prints. A collective: every rank of the world calls it."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        pipeline = StagePipeline(config, dp, pp, task, recompute)
+        pipeline = StagePipeline(config, dp, bounds, task, recompute)
     _log.debug("deepspeed: %s", said.getvalue().strip())
     return pipeline

@@ -124,7 +124,14 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         precision = resolve_precision(spec.train, spec.device)
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
-        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task, lora)
+        costs = None
+        if spec.pp > 1 and spec.train.parallel.balance == "measured":
+            from trainer.layer_costs import agree_on_costs  # seldom asked for
+
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            again = spec.train.recompute == "blocks"
+            costs = agree_on_costs(config, layout.micro_batch, spec.seq_len, device, dtype, recompute=again)
+        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task, lora, costs)
     guard = Guard(spec.train.guard, GuardState())
     rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard, lora)
     with _timed(phases, "load"):

@@ -67,6 +67,20 @@ def test_a_mesh_trains_like_one_rank(lab: Lab, case: Case) -> None:
         assert (found.sample_hash, found.tokens, found.lr) == (expected.sample_hash, expected.tokens, expected.lr)
 
 
+def test_a_pipeline_that_is_cut_by_measured_costs_trains_like_one_rank(lab: Lab, tmp_path: Path) -> None:
+    found = lab.run(lab.changed(Case(1, 2), tmp_path, parallel={"balance": "measured"}))
+    for step, expected in lab.reference(ONE).steps.items():
+        assert found.steps[step].loss == pytest.approx(expected.loss, rel=2e-3), step
+
+
+@pytest.mark.parametrize("case", [Case(2, 1, zero=3), Case(2, 2)], ids=str)
+def test_blocks_that_are_computed_again_change_nothing(lab: Lab, tmp_path: Path, case: Case) -> None:
+    found = lab.run(lab.changed(case, tmp_path, recompute="blocks"))
+    for step, expected in lab.reference(case).steps.items():
+        assert found.steps[step].loss == pytest.approx(expected.loss, rel=1e-5), step
+        assert found.steps[step].grad_norm == pytest.approx(expected.grad_norm, rel=1e-4), step
+
+
 def test_the_run_learns_and_clips(lab: Lab) -> None:
     one = lab.reference(ONE)
     assert one.evals[STEPS].loss < 0.85 * one.evals[0].loss

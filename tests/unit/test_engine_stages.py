@@ -11,8 +11,9 @@ from torch import nn
 from data_service.errors import ConfigError
 from trainer.config import ModelConfig, TrainConfig
 from trainer.deepspeed_config import BufferSizes, engine_config, resolve_precision
+from trainer.layer_costs import measure_costs
 from trainer.model import TransformerConfig, layers
-from trainer.stages import stage_bounds
+from trainer.stages import LayerCosts, stage_bounds
 from trainer.topology import BatchLayout
 
 
@@ -43,6 +44,34 @@ def test_the_cut_is_the_best_one(num_layers: int, pp: int, vocab_size: int) -> N
     assert dearest(bounds) == min(dearest((0, *cuts, num_layers + 2)) for cuts in itertools.combinations(inner, pp - 1))
     kinds = [{layers(config)[i].kind for i in range(*cut)} for cut in itertools.pairwise(bounds)]
     assert all("block" in kind for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("costs", "bounds"),
+    [
+        (LayerCosts(embedding=0, block=1, head=0), (0, 3, 5, 8)),
+        (LayerCosts(embedding=0, block=1, head=2.5), (0, 3, 6, 8)),
+        (LayerCosts(embedding=0, block=1, head=9), (0, 4, 6, 8)),
+        (LayerCosts(embedding=2, block=1, head=0), (0, 2, 5, 8)),
+    ],
+)
+def test_a_pipeline_is_cut_by_what_its_layers_cost(costs: LayerCosts, bounds: tuple[int, ...]) -> None:
+    config = _config(6)
+    found = stage_bounds(config, 3, costs)
+    cost = [costs.embedding, *[costs.block] * 6, costs.head]
+    assert max(sum(cost[slice(*cut)]) for cut in itertools.pairwise(found)) == max(
+        sum(cost[slice(*cut)]) for cut in itertools.pairwise(bounds)
+    )
+    assert len(found) == 4
+
+
+def test_costs_are_measured_and_told_in_blocks() -> None:
+    """A head of 64 times a block's matrices is dearer than a block, whatever else the machine does."""
+    config = _config(2, vocab_size=131072)
+    costs = measure_costs(config, 2, 16, torch.device("cpu"), torch.float32, recompute=False)
+    assert costs.block == 1.0
+    assert costs.head > 2.0
+    assert costs.head * 8 == int(costs.head * 8)
 
 
 def test_more_stages_than_blocks_are_refused() -> None:
