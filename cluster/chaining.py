@@ -18,7 +18,7 @@ from data_service.manifest import tokenizer_uri
 from trainer import manifest
 from trainer.config import RUN_REFERENCE
 
-__all__ = ["Reference", "base_uri", "choose_step", "parse_reference", "with_base"]
+__all__ = ["Reference", "base_uri", "check_base", "choose_step", "parse_reference", "with_base"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,17 @@ def choose_step(folder: RunFolder, which: str | int) -> int:
     return found
 
 
+def check_base(config: RunConfig) -> None:
+    """See that what `model.from` refers to is there, or was copied before; reads no weights.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    reference = parse_reference(config.model.from_)
+    if reference is not None and not storage.exists(storage.join(base_uri(config), "config.json")):
+        choose_step(_other_run(config, reference), reference.which)
+
+
 def with_base(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     """The configuration with `model.from` a folder: a reference is resolved once, then what was exported stands.
 
@@ -83,14 +94,19 @@ def with_base(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
 
     uri = base_uri(config)
     if read_provenance(uri) is None:
-        folder = RunFolder(storage.join(config.run.storage, reference.run))
-        if not folder.exists():
-            raise ConfigError(
-                f"model.from={config.model.from_}: there is no run in {folder.root}. Runs are looked for below "
-                "run.storage; train that one first."
-            )
+        folder = _other_run(config, reference)
         step = choose_step(folder, reference.which)
         dataset = folder.saved_config().get("data", {}).get("dataset") or f"{folder.root}/dataset"
         export_checkpoint(folder.checkpoints_uri, step, uri, tokenizer_uri(dataset))
         say(f"model.from={config.model.from_} is step {step}; its weights were copied to {uri}")
     return config.model_copy(update={"model": config.model.model_copy(update={"from_": uri})})
+
+
+def _other_run(config: RunConfig, reference: Reference) -> RunFolder:
+    folder = RunFolder(storage.join(config.run.storage, reference.run))
+    if not folder.exists():
+        raise ConfigError(
+            f"model.from={config.model.from_}: there is no run in {folder.root}. Runs are looked for below "
+            "run.storage; train that one first."
+        )
+    return folder

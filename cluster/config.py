@@ -142,6 +142,7 @@ class RunConfig(Section):
             **{f"data.{key}": value for key, value in data.items()},
             **{f"model.{key}": value for key, value in full["model"].items()},
             "train.task": full["train"]["task"],
+            "train.lora": full["train"]["lora"],
             "train.global_batch": full["train"]["global_batch"],
             "train.optimizer.name": full["train"]["optimizer"]["name"],
         }

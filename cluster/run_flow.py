@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from cluster.chaining import with_base
+from cluster.chaining import check_base, with_base
 from cluster.config import RunConfig
 from cluster.console import RunConsole
 from cluster.controller import Controller
@@ -28,6 +28,7 @@ from serve.deployment import deploy, undeploy
 from serve.preflight import check_deployable
 from serve.spec import Endpoint, ServeSpec
 from trainer.observe.services import check_services
+from trainer.tasks.paths import check_task_module
 
 __all__ = ["run_all", "serve_export", "train_and_export"]
 
@@ -75,7 +76,8 @@ def _check_early(config: RunConfig) -> None:
 
     Raises:
         ConfigError: the folder holds a run that cannot go on with this configuration, or is no place for checkpoints;
-            a running data service is named, and no token for it.
+            a running data service is named, and no token for it; the run that it starts from is not there, or the
+            module of its task.
         SourceError: a source matches no file.
     """
     storage.check_commits(config.root)
@@ -83,6 +85,8 @@ def _check_early(config: RunConfig) -> None:
     if config.data.service.address:
         service_token()
     check_services(config.observe.wandb, config.observe.mlflow)
+    check_base(config)
+    check_task_module(config.train)
     find_files(config.data.sources)
     check_resume(config)
 

@@ -1,6 +1,6 @@
 """A task of one's own: classes that have an order, such as one to five stars.
 
-Name it in a run's file, with this folder's parent where the command runs:
+Name it in a run's file; its module must be installed, or lie in a folder that PYTHONPATH names:
 
     train: {task: "examples.ordinal_task:OrdinalClasses"}
 

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from cluster.chaining import Reference, base_uri, choose_step, parse_reference, with_base
+from cluster.chaining import Reference, base_uri, check_base, choose_step, parse_reference, with_base
 from cluster.config import RunConfig, dump_yaml, load_config
 from cluster.run_store import RunFolder
 from data_service.errors import ConfigError
 from tests.helpers.tiny_model import train_tokenizer
 from tests.helpers.written_parts import cut, make_state
 from trainer.checkpoint import write_part
+from trainer.config import TrainConfig
 from trainer.export import read_provenance
 from trainer.fragments import Fragment
 from trainer.initialise import initial_tensor
 from trainer.manifest import commit
 from trainer.model import TransformerConfig, parameter_shapes
+from trainer.tasks.paths import check_task_module
 
 SHAPE = "model: {d_model: 16, num_layers: 1, num_heads: 2}\n"
 STEPS = {10: 0.50, 20: 0.80, 30: 0.70}
@@ -109,6 +111,23 @@ def test_the_weights_are_taken_once_and_kept(first: RunFolder, tmp_path: Path) -
     assert with_base(config, said.append) == resolved, "the other run may go"
     assert len(said) == 1
     assert config.model.from_ == "run://first@best", "the configuration says what was asked"
+
+
+def test_what_is_missing_is_known_before_a_node_is_started(first: RunFolder, tmp_path: Path) -> None:
+    check_base(_second(tmp_path, "@latest"))
+    with pytest.raises(ConfigError, match="names step 11"):
+        check_base(_second(tmp_path, "@step=11"))
+    shutil.rmtree(first.root)
+    with pytest.raises(ConfigError, match="there is no run in"):
+        check_base(_second(tmp_path, "@latest"))
+
+
+@pytest.mark.parametrize("task", ["no_such_package.tasks:Mine", "examples.no_such_module:Mine"])
+def test_a_task_that_no_module_holds_is_known_early_too(task: str) -> None:
+    check_task_module(TrainConfig(task="examples.ordinal_task:OrdinalClasses"))
+    check_task_module(TrainConfig(task="sft"))
+    with pytest.raises(ConfigError, match="PYTHONPATH"):
+        check_task_module(TrainConfig(task=task))
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Tasks: losses and metrics against figures worked out by hand, and how a task is found."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from torch.nn import functional as F
 
 from data_service.errors import ConfigError
 from data_service.schema import NO_ROW, BatchSlice
+from tests.helpers.peer_models import make_peer, peer_tokens
 from trainer.batching import count_tokens, micro_batches
 from trainer.config import TrainConfig
+from trainer.hf import build_from_hf
 from trainer.layers import Projection
 from trainer.losses import IGNORED
 from trainer.tasks.base import Task
@@ -144,6 +148,22 @@ def test_sft_learns_the_answers_alone() -> None:
     expected = float((logits.argmax(1) == labels).float().mean())
     assert task.metrics(sums) == {"token_accuracy": pytest.approx(expected)}
     assert (targets[0] == IGNORED).sum() == 6
+
+
+def test_sft_has_the_loss_of_transformers_on_the_same_labels(tmp_path: Path) -> None:
+    theirs = make_peer("llama_tied", tmp_path)
+    ours = build_from_hf(str(tmp_path), "cpu", torch.float32)
+    tokens = peer_tokens(rows=3)
+    counted = torch.rand(3, tokens.shape[1] - 1, generator=torch.Generator().manual_seed(3)) < 0.4
+    task = make_task(train_config("sft"), TaskFacts(loss_masks=True))
+    labels = tokens.clone()
+    labels[:, 1:][~counted] = IGNORED
+    labels[:, 0] = IGNORED
+    with torch.no_grad():
+        found = task.loss(
+            ours.outputs(tokens[:, :-1]), task.targets(TaskRows(tokens, counted, None), 1 / int(counted.sum()))
+        )
+        assert float(found) == pytest.approx(float(theirs(input_ids=tokens, labels=labels).loss), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,6 @@ def _load(path: str) -> Callable[[TrainConfig, TaskFacts], Task]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"train.task={path}: {type(error).__name__}: {error}. Name a class as package.module:Class, in a module "
-            "that Python finds on every node (on this machine: in the folder where the command runs, or installed)."
+            "that is installed on every node, or lies in a folder that PYTHONPATH names."
         ) from error
     return found
