@@ -1,46 +1,81 @@
 """Rotary positions (Su et al. 2021), plain and stretched.
 
-Owns the frequencies of each kind of `RopeScaling`, the table of cosines and sines, and the rotation in Hugging Face's
+Owns the frequencies of each kind of `RopeScaling`, cosines and sines of positions, and the rotation in Hugging Face's
 layout (rotate-half), so that export is a renaming. Knows nothing of attention.
 
-Shape letters: P positions, B rows, T tokens, N heads, H head width.
+Shape letters: B rows, T tokens, N heads, H head width.
 """
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.architecture import RopeScaling, TransformerConfig
 
-__all__ = ["rotate", "rotary_table"]
+__all__ = ["rotary_waves", "rotate"]
 
 
-def rotary_table(config: TransformerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of Su et al. 2021, equation 15, each repeated for both halves: fp32 [P, H]."""
-    return _table(config.head_dim, config.rope_theta, config.max_positions, config.rope_scaling, device)
+def rotary_waves(config: TransformerConfig, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of Su et al. 2021, equation 15, each repeated for both halves: [B, T, 1, H] in `dtype`.
+
+    Computed anew from the positions: a table of all of them would be large (134 MB for Llama 3.1) and no faster.
+    """
+    frequencies_H, scale = _frequencies(
+        config.head_dim, config.rope_theta, config.max_positions, config.rope_scaling, positions_BT.device
+    )
+    angles_BT1H = positions_BT[:, :, None, None] * frequencies_H
+    cos_BT1H, sin_BT1H = angles_BT1H.cos(), angles_BT1H.sin()
+    if scale != 1.0:
+        cos_BT1H, sin_BT1H = cos_BT1H * scale, sin_BT1H * scale
+    return cos_BT1H.to(dtype), sin_BT1H.to(dtype)
 
 
 def rotate(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
-    """Rotate pairs (h, h + H/2), Hugging Face's layout of rotary positions."""
-    first, second = x_BTNH.chunk(2, dim=-1)
-    return x_BTNH * cos_BT1H + torch.cat((-second, first), dim=-1) * sin_BT1H
+    """Rotate pairs (h, h + H/2), Hugging Face's layout of rotary positions.
+
+    Keeps no copy of `x_BTNH`: the gradient is the one that came, rotated back. Angles get no gradient.
+    """
+    rotated: Tensor = _Rotation.apply(x_BTNH, cos_BT1H, sin_BT1H)  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """One pass over the tensor and one over each half, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_BT1H, sin_BT1H)
+        return _turn(x_BTNH, cos_BT1H, sin_BT1H, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTNH: Tensor) -> tuple[Tensor, None, None]:
+        cos_BT1H, sin_BT1H = ctx.saved_tensors
+        return _turn(grad_BTNH, cos_BT1H, sin_BT1H, -1), None, None
+
+
+def _turn(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor, direction: int) -> Tensor:
+    half = x_BTNH.shape[-1] // 2
+    out_BTNH = x_BTNH * cos_BT1H
+    out_BTNH[..., :half].addcmul_(x_BTNH[..., half:], sin_BT1H[..., half:], value=-direction)
+    out_BTNH[..., half:].addcmul_(x_BTNH[..., :half], sin_BT1H[..., :half], value=direction)
+    return out_BTNH
 
 
 @functools.lru_cache(maxsize=8)
-def _table(
+def _frequencies(
     head_dim: int, theta: float, num_positions: int, scaling: RopeScaling | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, float]:
+    """Radians a position of each dimension, fp32 [H], and what multiplies cosines and sines."""
     with torch.inference_mode(False), torch.no_grad():
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float() / head_dim
         frequencies = 1.0 / theta**exponents
         scale = 1.0
         if scaling is not None:
             frequencies, scale = _scaled(frequencies, scaling, theta, num_positions)
-        angles = torch.outer(torch.arange(num_positions, device=device).float(), frequencies)
-        both = torch.cat((angles, angles), dim=-1)
-        return both.cos() * scale, both.sin() * scale
+        return torch.cat((frequencies, frequencies)), scale
 
 
 def _scaled(frequencies: Tensor, scaling: RopeScaling, theta: float, num_positions: int) -> tuple[Tensor, float]:
