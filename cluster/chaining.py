@@ -15,10 +15,11 @@ from cluster.run_store import RunFolder
 from data_service import storage
 from data_service.errors import ConfigError
 from data_service.manifest import tokenizer_uri
+from serve.exports import finished_exports
 from trainer import manifest
 from trainer.config import RUN_REFERENCE
 
-__all__ = ["Reference", "base_uri", "check_base", "choose_step", "parse_reference", "with_base"]
+__all__ = ["Reference", "base_uri", "check_base", "choose_step", "parse_reference", "peek_base", "with_base"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,27 @@ def check_base(config: RunConfig) -> None:
         choose_step(_other_run(config, reference), reference.which)
 
 
+def peek_base(config: RunConfig) -> RunConfig:
+    """The configuration with `model.from` a folder whose model has the shape of what a reference means; copies nothing.
+
+    Raises:
+        ConfigError: neither this run nor the other one has such a folder.
+    """
+    reference = parse_reference(config.model.from_)
+    if reference is None:
+        return config
+    uri = base_uri(config)
+    if not storage.exists(storage.join(uri, "config.json")):
+        exports = finished_exports(storage.join(_other_run(config, reference).root, "export"))
+        if not exports:
+            raise ConfigError(
+                f"model.from={config.model.from_}: that run has no export yet, which tells the shape of its model. "
+                "Train it to its end, or `stormjib export` it, first."
+            )
+        uri = exports[max(exports)].uri
+    return _from_folder(config, uri)
+
+
 def with_base(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
     """The configuration with `model.from` a folder: a reference is resolved once, then what was exported stands.
 
@@ -99,6 +121,10 @@ def with_base(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
         dataset = folder.saved_config().get("data", {}).get("dataset") or f"{folder.root}/dataset"
         export_checkpoint(folder.checkpoints_uri, step, uri, tokenizer_uri(dataset))
         say(f"model.from={config.model.from_} is step {step}; its weights were copied to {uri}")
+    return _from_folder(config, uri)
+
+
+def _from_folder(config: RunConfig, uri: str) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"from_": uri})})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.chaining import Reference, base_uri, check_base, choose_step, parse_reference, with_base
+from cluster.chaining import Reference, base_uri, check_base, choose_step, parse_reference, peek_base, with_base
 from cluster.config import RunConfig, dump_yaml, load_config
 from cluster.run_store import RunFolder
 from data_service.errors import ConfigError
@@ -15,7 +15,7 @@ from tests.helpers.tiny_model import train_tokenizer
 from tests.helpers.written_parts import cut, make_state
 from trainer.checkpoint import write_part
 from trainer.config import TrainConfig
-from trainer.export import read_provenance
+from trainer.export import export_checkpoint, read_provenance
 from trainer.fragments import Fragment
 from trainer.initialise import initial_tensor
 from trainer.manifest import commit
@@ -128,6 +128,17 @@ def test_a_task_that_no_module_holds_is_known_early_too(task: str) -> None:
     check_task_module(TrainConfig(task="sft"))
     with pytest.raises(ConfigError, match="PYTHONPATH"):
         check_task_module(TrainConfig(task=task))
+
+
+def test_a_plan_sees_the_shape_and_copies_nothing(first: RunFolder, tmp_path: Path) -> None:
+    config = _second(tmp_path, "@best")
+    with pytest.raises(ConfigError, match="has no export yet"):
+        peek_base(config)
+    export_checkpoint(first.checkpoints_uri, 30, first.export_uri(30), None)
+    assert peek_base(config).model.from_ == first.export_uri(30)
+    assert not Path(base_uri(config)).exists()
+    with_base(config, print)
+    assert peek_base(config).model.from_ == base_uri(config)
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path: Path) -> None:
