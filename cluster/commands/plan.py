@@ -34,10 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Print the plan; exit 2 where the run does not fit."""
+    from cluster.chaining import peek_base
     from cluster.planning import check_fits, plan_task
     from trainer.planner.rows import plan_rows, row_of, wanted_setting
 
-    config = config_of(arguments)
+    config = peek_base(config_of(arguments))
     dataset = _prepared(config)
     vocab_size = _vocab_size(config) if dataset is None else dataset.vocab_size
     task = plan_task(
