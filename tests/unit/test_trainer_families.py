@@ -13,8 +13,9 @@ from data_service.errors import ConfigError
 from tests.helpers.initial_weights import initialise
 from tests.helpers.peer_models import PEER_LENGTH, PEER_VOCABULARY, PEERS, make_peer, peer_tokens
 from trainer.architecture import Family
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TrainConfig
 from trainer.hf import build_from_hf, open_weights, read_config, save_hf
+from trainer.layers import compile_blocks
 from trainer.model import Transformer, TransformerConfig, parameter_shapes
 
 CLASSIFIERS = ["llama_tied", "qwen2_tied", "qwen3", "gpt2", "bert", "bert_untied"]
@@ -187,6 +188,33 @@ def test_recomputed_blocks_give_the_same_gradients_and_keep_less(name: str, tmp_
     assert losses[0] == losses[1]
     assert all(torch.equal(one, two) for one, two in zip(*gradients, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_compiled_blocks_compute_the_same(name: str, tmp_path: Path) -> None:
+    """Compiling takes most of a minute on a CPU; one graph a block, also within documents."""
+    make_peer(name, tmp_path)
+    config = read_config(str(tmp_path))
+    model = Transformer(config)
+    initialise(model.named_parameters(), 3, config, folder=str(tmp_path))
+    tokens = peer_tokens(rows=2, length=32)
+    doc_ids = (torch.arange(32) >= 11).long().expand(2, -1)
+    found: list[list[Tensor]] = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(model)
+        loss = model(tokens, None, doc_ids).logsumexp(dim=-1).mean()
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-6)
+    assert list(dict(model.named_parameters())) == list(parameter_shapes(config))
+
+
+def test_compiling_is_refused_where_it_cannot_help() -> None:
+    for changes in ({"device": "cpu"}, {"zero": {"stage": 3}}):
+        with pytest.raises(ValueError, match="compile=true"):
+            TrainConfig.model_validate({"compile": True, **changes})
 
 
 @pytest.mark.parametrize(
