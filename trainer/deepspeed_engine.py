@@ -124,7 +124,7 @@ class TrainEngine:
             )[0]
         _log.debug("deepspeed: %s", said.getvalue().strip())
         if isinstance(self._model, StagePipeline):
-            self._model.schedule_exact_ties(self._engine)
+            self._model.join(self._engine)
         elif self._zero_stage == 3:
             self._model.gather_output_matrix()
         bound_all_groups(timedelta(seconds=train.collective_timeout_s))

@@ -113,7 +113,7 @@ def _project(embedding: Embedding, normed_BTD: Tensor) -> Projection:
 
 
 def _reduce_ties(engine: PipelineEngine) -> None:
-    """Replaces `PipelineEngine._exec_reduce_tied_grads`; see `StagePipeline.schedule_exact_ties`."""
+    """Replaces `PipelineEngine._exec_reduce_tied_grads`; see `StagePipeline._schedule_exact_ties`."""
     pipeline: StagePipeline = engine.module
     for weight, _ in pipeline.get_tied_weights_and_groups():
         if not weight.requires_grad:
@@ -155,6 +155,7 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         )
         self._task = task
         self._observe: Callable[[Outputs, Targets], None] | None = None
+        self._begin_backward: Callable[[], None] | None = None
         holders = [rank for rank in range(dp * pp) if rank % pp in (0, pp - 1)]
         self._tied_group = dist.new_group(holders) if config.tie_embeddings else None
 
@@ -192,9 +193,23 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         if self._observe is not None:
             with torch.no_grad():
                 self._observe(outputs, targets)
-        return self._task.loss(outputs, targets)
+        loss = self._task.loss(outputs, targets)
+        if isinstance(outputs, Projection) and loss.requires_grad and self._begin_backward is not None:
+            begin = self._begin_backward
+            loss.register_hook(lambda _: begin())
+        return loss
 
-    def schedule_exact_ties(self, engine: PipelineEngine) -> None:
+    def join(self, engine: PipelineEngine) -> None:
+        """Fit an engine of this pipeline to it; call it once, when the engine is built.
+
+        DeepSpeed 0.19.8 prepares a backward pass (under bf16 it clears the gradients of the micro-batch before) when
+        the first gradient reaches an output tensor of `forward`. It looks for tensors in tuples, lists and dicts, and
+        finds none in a `Projection`; the hook is on the loss then, where the backward pass begins.
+        """
+        self._begin_backward = engine._backward_prologue
+        self._schedule_exact_ties(engine)
+
+    def _schedule_exact_ties(self, engine: PipelineEngine) -> None:
         """Make an engine of this pipeline reduce tied gradients so that both copies get the same bits.
 
         DeepSpeed 0.19.8 adds the two stages' gradients in each pipeline and then averages over dp, each stage in its
