@@ -64,6 +64,5 @@ class SupervisedFineTuning(CausalLM):
 
 def _logits(outputs: Outputs, chosen_BT: Tensor, part: slice) -> Tensor:
     """Logits of some of the chosen tokens, [n, V]."""
-    if isinstance(outputs, Projection):
-        return replace(outputs, normed_BTD=outputs.normed_BTD[chosen_BT][part]).logits()
-    return outputs[chosen_BT][part]
+    assert isinstance(outputs, Projection), "a language model gives its projection"
+    return replace(outputs, normed_BTD=outputs.normed_BTD[chosen_BT][part]).logits()
