@@ -24,10 +24,12 @@ def score_of(record: Mapping[str, Any]) -> float:
 
 
 def evaluation_line(step: int, record: Mapping[str, Any]) -> str:
-    """One line for people: the loss, and the task's metrics of the whole, or the perplexity where there are none."""
-    whole = {name: value for name, value in record.get("metrics", {}).items() if "/" not in name}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in whole.items())
-    return f"step {step}: held-out loss {record['loss']:.4f}, " + (told or f"perplexity {record['perplexity']:.2f}")
+    """One line for people: the loss, the perplexity of a language model, and the task's metrics of the whole."""
+    told = [f"held-out loss {record['loss']:.4f}"]
+    if record.get("metric", "loss") == "loss":
+        told.append(f"perplexity {record['perplexity']:.2f}")
+    told += [f"{name} {value:.4f}" for name, value in record.get("metrics", {}).items() if "/" not in name]
+    return f"step {step}: {', '.join(told)}"
 
 
 def class_table(record: Mapping[str, Any]) -> Iterator[str]:
