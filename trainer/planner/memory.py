@@ -267,7 +267,8 @@ def _gradients(setting: Setting, precision: Precision, whole: int, share: int, *
     if _plain_bf16(setting, precision):
         flat = whole * _FP32
         reduced = min(whole, _ENGINE_BUCKET_ELEMENTS) * _FP32 if setting.dp > 1 else 0
-        return {"backward": flat, "reduction": flat + reduced, "update": flat}
+        low = whole * 2  # those of the weights that compute: zeroed, never freed
+        return {"backward": flat + low, "reduction": flat + low + reduced, "update": flat + low}
     flat = share * _FP32
     if zero == 1:
         held = whole * _FP32
@@ -280,8 +281,9 @@ def _heap(
 ) -> int:
     """What the C library keeps beyond what is in use at the moment: freed blocks, and holes between those in use."""
     # gradients that are tensors of their own, in all and those that are there in the backward pass
-    own = shape.small * _FP32 if setting.zero_stage <= 1 and not _plain_bf16(setting, precision) else 0
+    stays = setting.zero_stage == 0 or _plain_bf16(setting, precision)
+    own = shape.small * (2 if _plain_bf16(setting, precision) else _FP32) if setting.zero_stage <= 1 else 0
     held = min(accumulated, own)
     largest = max(working + held, own)
-    in_use = {"backward": working + held, "reduction": own, "update": own if setting.zero_stage == 0 else 0}[moment]
+    in_use = {"backward": working + held, "reduction": own, "update": own if stays else 0}[moment]
     return int(largest - in_use + _HEAP_HOLES * largest)
