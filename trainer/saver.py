@@ -128,7 +128,9 @@ class CheckpointSaver:
         self._report = report
         self._asynchronous = asynchronous
         self._buffer = _HostBuffer(device)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write", initializer=_yield_to_others)
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint-write", initializer=_prepare_thread, initargs=(device,)
+        )
         self._reserved: Future[Tensor] | None = None
         self._in_flight: Future[None] | None = None
         self._step = 0
@@ -240,6 +242,11 @@ class CheckpointSaver:
             ) from error
 
 
-def _yield_to_others() -> None:
-    """Let the thread that trains go first. Linux keeps niceness by thread; raising it needs no privilege."""
+def _prepare_thread(device: torch.device) -> None:
+    """Let the thread that trains go first, and pin memory for its GPU and no other.
+
+    Linux keeps niceness by thread, and raising it needs no privilege.
+    """
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
