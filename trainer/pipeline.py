@@ -196,7 +196,7 @@ class StagePipeline(PipelineModule):  # type: ignore[misc]  # deepspeed ships no
         loss = self._task.loss(outputs, targets)
         if isinstance(outputs, Projection) and loss.requires_grad and self._begin_backward is not None:
             begin = self._begin_backward
-            loss.register_hook(lambda _: begin())
+            loss.register_hook(lambda _: begin())  # type: ignore[no-untyped-call]
         return loss
 
     def join(self, engine: PipelineEngine) -> None:
