@@ -5,15 +5,17 @@ Owns where each figure is from, the choice of a micro-batch for `auto`, and the 
 
 import os
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from cluster.config import RunConfig
 from data_service.errors import ConfigError
+from data_service.manifest import DatasetManifest
 from trainer.observe.peaks import known_peak, peak_flops
 from trainer.planner.rows import PlanRow, PlanTask, best_row, plan_rows, row_of, wanted_setting
 from trainer.planner.speed import DeviceSpeed
 
-__all__ = ["EFFICIENCY", "check_fits", "gib", "plan_task", "with_micro_batch"]
+__all__ = ["EFFICIENCY", "check_fits", "gib", "laid_out", "plan_task"]
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.7}
 """Share of the peak that training is taken to reach where nobody states it: of a GPU's data sheet, or of what a matrix
@@ -124,8 +126,24 @@ def check_fits(task: PlanTask) -> PlanRow:
     raise ConfigError(f"The run does not fit: {asked}. This fits, with {gib(fitting.peak_bytes)}: {keys}")
 
 
-def with_micro_batch(config: RunConfig, row: PlanRow) -> RunConfig:
-    """The run with the row's micro-batch where the file says `auto`."""
+def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> RunConfig:
+    """The run with the best micro-batch that fits where the file says `auto`.
+
+    Nothing is planned for adapters, whose states are small, nor for GPUs that are not known here.
+
+    Raises:
+        ConfigError: the run does not fit; the message names the row that would, where one does.
+    """
+    if config.train.lora is not None:
+        return config
+    num_labels = len(dataset.labels) if config.train.task == "text_classification" else 0
+    try:
+        task = plan_task(config, dataset.vocab_size, num_labels)
+    except ConfigError as error:
+        say(f"the run is not planned: {error}")
+        return config
+    row = check_fits(task)
+    say(f"planned: micro-batches of {row.layout.micro_batch} rows, at most {gib(row.peak_bytes)} a rank")
     if config.train.micro_batch != "auto":
         return config
     train = config.train.model_copy(update={"micro_batch": row.layout.micro_batch})

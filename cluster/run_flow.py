@@ -12,6 +12,7 @@ from cluster.console import RunConsole
 from cluster.controller import Controller
 from cluster.events import Event
 from cluster.node_pool import NodePool
+from cluster.planning import laid_out
 from cluster.promotion import Export, newest_export, promote
 from cluster.ray_map import ray_mapper
 from cluster.ray_session import Session, open_session
@@ -137,6 +138,7 @@ def _train(
             )
         seconds = time.monotonic() - began
         _tell_dataset(config, manifest, seconds, writer, console)
+        config = laid_out(config, manifest, console.say)
         outcome = Controller(config, pool, writer, console, manifest, stop).train()
         if outcome.reason == "stopped":
             writer.events.enter(RunState.CANCELLED)

@@ -101,7 +101,7 @@ def wanted_setting(task: PlanTask) -> Setting:
         pp,
         train.zero.stage,
         layout.micro_batch,
-        recompute=getattr(train, "recompute", "none") == "blocks",
+        recompute=train.recompute == "blocks",
         offload_optimizer=train.zero.offload_optimizer == "cpu",
         offload_parameters=train.zero.offload_parameters == "cpu",
     )
