@@ -18,7 +18,7 @@ from tests.helpers.runs import ROOT, read_json_lines
 
 KEPT_STEP = 4
 _ELSEWHERE = "/home/somebody/golden"
-_DROPPED = (".lock", "logs", "export", "checkpoints/step_00000008")
+_DROPPED = (".lock", "logs", "export", "tensorboard", "checkpoints/step_00000008")
 _RUN = """\
 run: {name: golden, storage: ., seed: 3}
 cluster: {address: local, nodes: 1, node: {slots: 2}}
