@@ -192,6 +192,11 @@ def _read_folder(folder: str, vocab_size: int, seq_len: int, num_labels: int) ->
             f"model.from={folder}: it takes rows of at most {found.max_positions} tokens, "
             f"data.seq_len={seq_len}. Lower data.seq_len."
         )
+    if num_labels == 0 and not found.causal:
+        raise ConfigError(
+            f"model.from={folder} is an encoder: it sees the tokens that it would have to predict. Set "
+            "train.task=text_classification, or start from a causal language model."
+        )
     if num_labels == 0 and found.num_labels > 0:
         raise ConfigError(
             f"model.from={folder} is a classifier of {found.num_labels} classes; it has no output matrix to predict "

@@ -118,6 +118,14 @@ def test_classifier_with_other_classes_starts_from_a_classifier(tmp_path: Path) 
         TransformerConfig.from_section(section, PEER_VOCABULARY, PEER_LENGTH)
 
 
+def test_encoder_is_not_taken_for_a_language_model(tmp_path: Path) -> None:
+    make_peer("bert", tmp_path)
+    section = ModelConfig.model_validate({"from": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"encoder.*text_classification"):
+        TransformerConfig.from_section(section, PEER_VOCABULARY, PEER_LENGTH)
+    assert TransformerConfig.from_section(section, PEER_VOCABULARY, PEER_LENGTH, num_labels=2).num_labels == 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_labels", [0, 3])
 def test_model_from_scratch_is_what_transformers_loads(family: Family, num_labels: int, tmp_path: Path) -> None:
