@@ -53,7 +53,7 @@ def test_three_lines_are_a_run_and_every_default_is_visible(tmp_path: Path) -> N
         for key in path.split("."):
             assert key in holder, path
             holder = holder[key]
-    assert shown["train"]["parallel"] == {"dp": "auto", "pp": 1}
+    assert shown["train"]["parallel"] == {"dp": "auto", "pp": 1, "balance": "parameters"}
 
 
 def test_what_is_shown_reads_back_as_the_same_run(tmp_path: Path) -> None:
