@@ -132,7 +132,8 @@ def test_wandb_without_a_key_is_refused_before_a_run_starts(monkeypatch: pytest.
     check_services(WandbConfig(mode="offline"), None)
 
 
-def test_mlflow_takes_figures_and_goes_on_with_its_run(tmp_path: Path) -> None:
+def test_mlflow_takes_figures_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs more than the skinny package
     mlflow = pytest.importorskip("mlflow", reason="the extra mlflow is not installed")
     config = ObserveConfig(tensorboard=False, mlflow=MlflowConfig(tracking_uri=(tmp_path / "mlruns").as_uri()))
     for number in (1, 2):

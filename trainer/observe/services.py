@@ -83,7 +83,7 @@ class WandbSink:
 
     def close(self) -> None:
         """Send what is left."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class MlflowSink:
