@@ -20,6 +20,8 @@ from trainer.stages import LayerCosts
 __all__ = ["agree_on_costs", "measure_costs"]
 
 _REPEATS = 3
+_LEAST_S = 0.2
+"""Short passes are repeated for so long, so that the least time is one that nothing disturbed."""
 _STEPS_PER_BLOCK = 8
 
 
@@ -88,9 +90,9 @@ def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _seconds(forward: Callable[[], Tensor], device: torch.device) -> float:
-    """Least time of a few passes after one that does not count."""
-    times = []
-    for _ in range(1 + _REPEATS):
+    """Least time of several passes after one that does not count."""
+    times: list[float] = []
+    while len(times) <= _REPEATS or sum(times[1:]) < _LEAST_S:
         _settle(device)
         began = time.perf_counter()
         forward().backward()  # type: ignore[no-untyped-call]
