@@ -16,10 +16,12 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.agent_events import AgentEvent, ExitPayload
 from cluster.checkpoint_commits import CheckpointCommitter
 from cluster.console import RunConsole
+from cluster.evaluations import evaluation_line, evaluation_record
 from cluster.events import Event
 from cluster.policies import Failure, RankExit, classify_failure
 from cluster.run_store import RunWriter
 from cluster.states import RunState
+from cluster.watch import RunWatch
 from data_service.audit import SampleAudit
 from data_service.errors import DataUnavailableError, StormjibError
 from trainer.protocol import (
@@ -91,6 +93,7 @@ class Attempt:
         committer: CheckpointCommitter,
         console: RunConsole,
         audit: SampleAudit | None,
+        watch: RunWatch,
         *,
         resume_step: int,
         best_step_before: int,
@@ -105,6 +108,7 @@ class Attempt:
         self._committer = committer
         self._console = console
         self._audit = audit
+        self._watch = watch
         self._number = writer.events.attempt
         self._world_size = sum(len(specs) for specs in ranks_by_node.values())
         self._best_step_before = best_step_before
@@ -130,6 +134,7 @@ class Attempt:
             for node, specs in self._ranks_by_node.items()
         }
         self._await_starts(starts)
+        self._watch.attempt(next(iter(self._ranks_by_node.values()))[0])
         watches = {node: _Watch(handle) for node, handle in self._agents.items()}
         try:
             self._follow(watches)
@@ -166,6 +171,7 @@ class Attempt:
         polls = {self._poll(watch): node for node, watch in watches.items()}
         while not self._is_over():
             self._pass_on_stop()
+            self._pass_on_trace()
             self._watch_data()
             self._commit()
             ray.wait(list(polls), num_returns=1, timeout=0.2)
@@ -228,14 +234,16 @@ class Attempt:
     def _handle_report(self, report: Report) -> None:
         if isinstance(report, ReadyReport):
             self._ready[report.rank] = report.phases
+            self._watch.ready(report)
             if len(self._ready) == self._world_size:
                 self._all_ready()
         elif isinstance(report, StepReport):
             self._step(report)
         elif isinstance(report, EvalReport):
-            values = {"loss": report.loss, "perplexity": report.perplexity, "tokens": report.tokens}
+            self._watch.evaluation(report)
+            values = evaluation_record(report)
             self._writer.append_metrics({"step": report.step, "eval": values})
-            self._console.evaluation(report.step, report.loss, report.perplexity)
+            self._console.say(evaluation_line(report.step, values))
         elif isinstance(report, PartReport):
             self._committer.add(report)
         else:
@@ -267,14 +275,19 @@ class Attempt:
             "attempt": self._number,
             "step_s": round(report.step_s, 5),
             "data_wait_s": round(report.data_wait_s, 5),
+            "memory_bytes": report.memory_bytes,
         }
+        if report.skipped:
+            record["skipped"] = True
+            self._console.say(f"step {report.step} (global batch {report.batch}) made no update: train.guard, or fp16")
         self._writer.append_metrics(record)
-        if report.loss is None and not self._told_empty:
+        if report.loss is None and not report.skipped and not self._told_empty:
             self._told_empty = True
             self._console.say(
                 f"step {report.step}: its rows hold no token to learn, so its loss is null; look at them with "
                 f"`stormjib data show FILE --step {report.step}`"
             )
+        self._watch.step(report)
         if self._audit is not None:
             self._audit.submit(report.step, report.sample_hash)
         self._console.step(report.step, report.loss, report.tokens / max(report.step_s, 1e-9))
@@ -294,6 +307,13 @@ class Attempt:
         self._writer.events.enter(RunState.DRAINING)
         for node in self._ranks_by_node:
             self._agents[node].control.remote(self._number, self._last_step + 1)
+
+    def _pass_on_trace(self) -> None:
+        """Hand a new request for a trace to all ranks."""
+        request = self._watch.wanted_trace()
+        if request is not None:
+            for node in self._ranks_by_node:
+                self._agents[node].profile.remote(self._number, request)
 
     def _is_over(self) -> bool:
         return bool(self._lost_nodes or self._exits or self._stopped_early) or len(self._finished) == self._world_size

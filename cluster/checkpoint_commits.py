@@ -10,7 +10,7 @@ from cluster.config import RunConfig
 from cluster.events import Event
 from cluster.run_store import RunWriter
 from data_service.audit import SampleAudit
-from trainer import manifest
+from trainer import manifest, retention
 from trainer.errors import CheckpointError
 from trainer.manifest import PartReceipt, TrainState
 from trainer.protocol import PartReport
@@ -26,6 +26,7 @@ class _Pending:
     receipts: dict[int, PartReceipt] = field(default_factory=dict)
     state: TrainState | None = None
     write_s: float = 0.0
+    total_s: float = 0.0
 
 
 class CheckpointCommitter:
@@ -39,6 +40,8 @@ class CheckpointCommitter:
         self._audit = audit
         self._pending: dict[int, _Pending] = {}
         self._whole: deque[_Pending] = deque()
+        self.committed: set[int] = set()
+        """Steps that were committed."""
 
     @property
     def is_waiting(self) -> bool:
@@ -51,6 +54,7 @@ class CheckpointCommitter:
         pending.receipts[report.rank] = report.receipt
         pending.state = report.state or pending.state
         pending.write_s = max(pending.write_s, report.write_s)
+        pending.total_s = max(pending.total_s, report.total_s)
         if len(pending.receipts) == self._world_size and pending.state is not None:
             self._whole.append(self._pending.pop(report.step))
 
@@ -81,16 +85,17 @@ class CheckpointCommitter:
                 "step": pending.step,
                 "bytes": sum(receipt.num_bytes for receipt in receipts),
                 "write_s": round(pending.write_s, 4),
+                "total_s": round(pending.total_s, 4),
             },
         )
+        self.committed.add(pending.step)
         self._prune(uri, pending.step)
 
     def _prune(self, uri: str, newest: int) -> None:
-        history = self._writer.folder.history()
-        losses = {step: values["loss"] for step, values in history.evals.items()}
+        scores = self._writer.folder.history().scores
         complete = [step for step in manifest.list_complete(uri) if step <= newest]
-        keep = manifest.kept_steps(complete, losses, self._config.keep_last, self._config.keep_best)
+        keep = retention.kept_steps(complete, scores, self._config.keep_last, self._config.keep_best)
         try:
-            manifest.prune(uri, keep, newest=newest)
+            retention.prune(uri, keep, newest=newest)
         except (OSError, CheckpointError) as error:
             _log.warning("old checkpoints could not be removed from %s: %s", uri, error)

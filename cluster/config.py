@@ -20,6 +20,7 @@ from data_service.errors import ConfigError
 from data_service.settings import Section
 from serve.config import ServeConfig
 from trainer.config import ModelConfig, TrainConfig
+from trainer.observe.config import ObserveConfig
 
 __all__ = ["RunConfig", "dump_yaml", "load_config"]
 
@@ -37,6 +38,8 @@ class RunConfig(Section):
     """The Transformer."""
     train: TrainConfig = TrainConfig()
     """How it is trained."""
+    observe: ObserveConfig = ObserveConfig()
+    """How the run is watched."""
     serve: ServeConfig = ServeConfig()
     """The endpoint."""
     k8s: K8sConfig = K8sConfig()
@@ -72,6 +75,7 @@ class RunConfig(Section):
                 "train.device=cuda with cluster.node.gpus=0: no slot has a GPU. Set cluster.node.gpus to the slots of "
                 "a node, or train.device=auto."
             )
+        self._check_task()
         stalled_s, collective_s = self.data.service.stalled_s, self.train.collective_timeout_s
         if stalled_s >= collective_s:
             raise ValueError(
@@ -84,6 +88,31 @@ class RunConfig(Section):
                 "one full sequence fits. Raise serve.kv_cache_tokens."
             )
         return self
+
+    def _check_task(self) -> None:
+        """Raise ValueError where the data or the model are none for the task."""
+        task, sources = self.train.task, self.data.sources
+        if task == "sft" and not any(source.messages is not None for source in sources):
+            raise ValueError(
+                "train.task=sft: no source holds chats. Name their column with data.sources.N.messages, or set "
+                "train.task=causal_lm."
+            )
+        if task == "text_classification" and (
+            self.data.rows != "document" or not any(source.label is not None for source in sources)
+        ):
+            raise ValueError(
+                f"train.task=text_classification with data.rows={self.data.rows}: rows must be texts with classes. Set "
+                "data.rows=document, and the column of the classes with data.sources.N.label."
+            )
+        if task in ("causal_lm", "sft") and self.model.from_ is None and self.model.family == "bert":
+            raise ValueError(
+                f"train.task={task} with model.family=bert: an encoder sees the tokens it would have to predict. Set "
+                "train.task=text_classification, or another family."
+            )
+        if self.train.lora is not None and self.model.from_ is None:
+            raise ValueError(
+                "train.lora without model.from: adapters are trained on weights that are there. Set model.from."
+            )
 
     @property
     def root(self) -> str:
@@ -113,6 +142,7 @@ class RunConfig(Section):
             **{f"data.{key}": value for key, value in data.items()},
             **{f"model.{key}": value for key, value in full["model"].items()},
             "train.task": full["train"]["task"],
+            "train.lora": full["train"]["lora"],
             "train.global_batch": full["train"]["global_batch"],
             "train.optimizer.name": full["train"]["optimizer"]["name"],
         }
@@ -156,9 +186,17 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         places.append((data.get("service"), "cache_dir"))
         if isinstance(data.get("sources"), list):
             places.extend((item, "path") for item in data["sources"])
+        _resolve_tokenizer(data.get("tokenizer"), tree.get("run"))
     for holder, key in places:
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and "://" not in holder[key]:
             holder[key] = str((folder / Path(holder[key]).expanduser()).resolve())
+
+
+def _resolve_tokenizer(tokenizer: Any, run: Any) -> None:
+    """`run://NAME` is the tokenizer of a run below the same storage."""
+    path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
+    if isinstance(path, str) and path.startswith("run://") and isinstance(run, dict):
+        tokenizer["path"] = f"{str(run['storage']).rstrip('/')}/{path.removeprefix('run://')}/dataset/tokenizer"
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -54,10 +54,6 @@ class RunConsole:
             self._printed = time.monotonic()
             self.say(f"step {step}/{self._total}  loss {_shown(loss, 4)}  {self._rate:,.0f} tokens/s")
 
-    def evaluation(self, step: int, loss: float, perplexity: float) -> None:
-        """An evaluation was done."""
-        self.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
-
     def checkpoint(self, step: int) -> None:
         """A checkpoint was committed."""
         self._checkpoint = step

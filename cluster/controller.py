@@ -19,15 +19,17 @@ from cluster.events import Event
 from cluster.node_pool import NodePool
 from cluster.placement import Placement
 from cluster.policies import FailureBudget, decide_recovery
-from cluster.run_data import check_cursor, order_of, running_service, train_plan
+from cluster.run_data import check_cursor, order_of, running_service, task_facts, train_plan
 from cluster.run_store import RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
+from cluster.watch import RunWatch
 from data_service.access import DataAccess
 from data_service.audit import SampleAudit
 from data_service.errors import ConfigError
 from data_service.manifest import DatasetManifest
 from trainer import manifest as checkpoints
+from trainer.fences import raise_fence
 from trainer.protocol import WorkerSpec
 
 __all__ = ["Controller", "TrainOutcome"]
@@ -75,7 +77,9 @@ class Controller:
         self._data: DataServiceHandle | None = None
         self._access: DataAccess | None = None
         self._told_skipped: set[int] = set()
+        self._sound: set[int] = set()
         self._audit = self._make_audit()
+        self._watch = RunWatch(config, dataset, writer, console)
 
     def train(self) -> TrainOutcome:
         """Train to `train.steps`, through losses.
@@ -106,6 +110,7 @@ class Controller:
                 self._data.stop()
             if self._audit is not None:
                 self._audit.close()
+            self._watch.close()
 
     def _make_audit(self) -> SampleAudit | None:
         config = self._config
@@ -145,10 +150,11 @@ class Controller:
         config, events = self._config, self._writer.events
         placement = self._place()
         events.enter(RunState.PLACING)
+        attempt_number = self._writer.next_attempt()
         newest = self._newest_checkpoint()
         resume = None if newest is None else newest.step
+        raise_fence(self._writer.folder.checkpoints_uri, attempt_number, resume or 0)
         self._writer.discard_after(-1 if resume is None else resume)
-        self._writer.next_attempt()
         if self._audit is not None:
             self._audit.forget()
         if self._data is not None:
@@ -165,13 +171,15 @@ class Controller:
             + (f"from the checkpoint of step {resume}" if resume is not None else "from initial weights")
         )
         specs = self._specs(placement, resume)
+        committer = CheckpointCommitter(self._writer, config, mesh.world_size, self._audit)
         attempt = Attempt(
             self._pool.agents(),
             specs,
             self._writer,
-            CheckpointCommitter(self._writer, config, mesh.world_size, self._audit),
+            committer,
             self._console,
             self._audit,
+            self._watch,
             resume_step=resume or 0,
             best_step_before=self._best_step,
             stop_requested=self._stop,
@@ -181,6 +189,7 @@ class Controller:
         )
         with self._stop.deferred():
             outcome = attempt.run()
+        self._sound |= committer.committed
         self._best_step = max(self._best_step, outcome.last_step)
         return outcome
 
@@ -220,8 +229,10 @@ class Controller:
             data=self._access,
             checkpoints_uri=self._writer.folder.checkpoints_uri,
             resume_step=resume,
+            facts=task_facts(config, self._dataset),
             threads=max(1, int(config.cluster.node.cpus_per_slot)),
             interface=self._pool.interface,
+            samples=self._watch.sample_wishes(),
         )
         by_node: dict[str, list[WorkerSpec]] = {}
         for rank in range(mesh.world_size):
@@ -238,11 +249,16 @@ class Controller:
     def _newest_checkpoint(self) -> checkpoints.Manifest | None:
         """The checkpoint to go on from: the newest whose every byte is right.
 
+        What this process has read whole before, or committed itself, is not read again: ranks compare all that they
+        load with its checksums, and when one finds damage, nothing is trusted any more.
+
         Raises:
             ConfigError: steps were committed, and none of them can be loaded.
         """
         uri = self._writer.folder.checkpoints_uri
-        found, skipped = checkpoints.newest_complete(uri)
+        found, skipped = checkpoints.newest_complete(uri, trusted=self._sound)
+        if found is not None:
+            self._sound.add(found.step)
         for item in skipped:
             if item.step not in self._told_skipped:
                 self._told_skipped.add(item.step)
@@ -273,6 +289,8 @@ class Controller:
         self._budget = decision.budget
         for node in failure.lost_nodes:
             self._pool.forget(node)
+        if failure.damaged_checkpoint:
+            self._sound.clear()
         if decision.action == "fail":
             raise RunFailedError(f"the run failed at step {outcome.last_step}: {decision.reason}")
         if self._loss is None:

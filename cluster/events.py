@@ -33,7 +33,8 @@ class Event(StrEnum):
     DATA_WORKER_LOST = "data_worker_lost"
     ATTEMPT_STOPPED = "attempt_stopped"  # reason
     RECOVERED = "recovered"  # lost_step, resume_step, step, seconds, phases: {stop_s, place_s, start_s, step_s}
-    CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, bytes, write_s
+    # step, bytes, write_s: longest standstill of a rank for it, total_s: until the slowest part was durable
+    CHECKPOINT_COMMITTED = "checkpoint_committed"
     CHECKPOINT_SKIPPED = "checkpoint_skipped"  # step, reason
     CHECKPOINTS_SET_ASIDE = "checkpoints_set_aside"  # step: the newest that is left, set_aside: steps
     EXPORTED = "exported"  # step, uri, digest

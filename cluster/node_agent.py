@@ -29,7 +29,7 @@ from cluster.lease import Lease
 from cluster.rank_child import Nursery, RankChild
 from data_service import storage
 from data_service.errors import ConfigError, StormjibError
-from trainer.protocol import WorkerSpec
+from trainer.protocol import ProfileSteps, WorkerSpec
 
 __all__ = ["AgentEvent", "AgentInfo", "ExitPayload", "LeaseKeeper", "NodeAgent", "start_agent"]
 
@@ -178,6 +178,13 @@ class NodeAgent:
         for child in self._ranks:
             if child.attempt == attempt:
                 child.stop_after(stop_after)
+
+    async def profile(self, attempt: int, request: ProfileSteps) -> None:
+        """Pass a request for a trace to the ranks of the attempt."""
+        self._lease.renew()
+        for child in self._ranks:
+            if child.attempt == attempt:
+                child.profile(request)
 
     async def poll(self, after: int, wait_s: float) -> list[AgentEvent]:
         """Events with a number above `after`, oldest first; waits for one up to `wait_s` (at most half the lease).

@@ -42,6 +42,8 @@ class Failure:
     cause: FailureCause
     reason: str
     lost_nodes: frozenset[str]
+    damaged_checkpoint: bool = False
+    """Whether a rank found that the checkpoint it loaded is damaged; another one has to be chosen."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,17 @@ class RecoveryDecision:
 def classify_failure(exits: Sequence[RankExit], lost_nodes: frozenset[str]) -> Failure:
     """Name the cause behind the exits of an attempt.
 
-    A lost node explains everything else. A rank killed by a signal, or whose error says `retryable`, is the machines'
-    fault. What remains is the program's: among those the first error that is not a mere echo of a lost peer is named.
+    A lost node explains everything else; a damaged checkpoint is left out by the next attempt. A rank killed by a
+    signal, or whose error says `retryable`, is the machines' fault. What remains is the program's, and the first error
+    that is not a mere echo of a lost peer is named.
     """
     if lost_nodes:
         names = ", ".join(sorted(node[:8] for node in lost_nodes))
         return Failure("node", f"node {names} was lost", lost_nodes)
+    damaged = [item for item in exits if item.error_type == "CheckpointCorruptError"]
+    if damaged:
+        reason = f"rank {damaged[0].rank} could not load its checkpoint: {damaged[0].error}"
+        return Failure("infrastructure", reason, lost_nodes, damaged_checkpoint=True)
     killed = [item for item in exits if item.code < 0]
     if killed:
         first = killed[0]
@@ -109,12 +116,18 @@ def decide_recovery(
 
 
 def choose_promotion(
-    complete: Sequence[int], losses: Mapping[int, float], promote: Literal["best", "last"]
+    complete: Sequence[int], scores: Mapping[int, float], promote: Literal["best", "last"]
 ) -> int | None:
-    """The checkpoint to export and serve; None when there is none. Without evaluations `best` is the newest."""
+    """The checkpoint to export and serve; None when there is none. Without evaluations `best` is the newest.
+
+    Args:
+        complete: committed steps.
+        scores: of those that were evaluated; lower is better.
+        promote: which one.
+    """
     if not complete:
         return None
-    judged = [step for step in complete if step in losses]
+    judged = [step for step in complete if step in scores]
     if promote == "best" and judged:
-        return min(judged, key=lambda step: (losses[step], -step))
+        return min(judged, key=lambda step: (scores[step], -step))
     return max(complete)

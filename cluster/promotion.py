@@ -1,5 +1,7 @@
 """Takes a checkpoint out of training: chooses it, exports it, and finds it again."""
 
+from typing import Literal
+
 from cluster.config import RunConfig
 from cluster.events import Event
 from cluster.policies import choose_promotion
@@ -23,8 +25,8 @@ def promote(config: RunConfig, writer: RunWriter) -> Export:
     """
     folder = writer.folder
     complete = manifest.list_complete(folder.checkpoints_uri)
-    losses = {step: values["loss"] for step, values in folder.history().evals.items()}
-    step = choose_promotion(complete, losses, config.serve.promote)
+    scores = folder.history().scores
+    step = choose_promotion(complete, scores, config.serve.promote)
     if step is None:
         raise ConfigError(f"{folder.checkpoints_uri}: no committed checkpoint to promote. Train first.")
     export = export_step(config, step, folder.export_uri(step))
@@ -32,7 +34,7 @@ def promote(config: RunConfig, writer: RunWriter) -> Export:
     return export
 
 
-def export_step(config: RunConfig, step: int, out_uri: str) -> Export:
+def export_step(config: RunConfig, step: int, out_uri: str, dtype: Literal["F32", "BF16"] = "F32") -> Export:
     """Write the weights of a committed step as a Hugging Face folder.
 
     Raises:
@@ -41,7 +43,7 @@ def export_step(config: RunConfig, step: int, out_uri: str) -> Export:
     from trainer.export import export_checkpoint
 
     uri = RunFolder(config.root).checkpoints_uri
-    provenance = export_checkpoint(uri, step, out_uri, tokenizer_uri(config.dataset_uri))
+    provenance = export_checkpoint(uri, step, out_uri, tokenizer_uri(config.dataset_uri), dtype)
     return Export(out_uri, provenance.step, provenance.digest)
 
 

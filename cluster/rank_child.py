@@ -15,10 +15,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from cluster.rank_process import LONGEST_PACKET
+from trainer.protocol import ProfileSteps
 
 __all__ = ["Nursery", "RankChild"]
 
@@ -69,6 +71,10 @@ class RankChild:
     def stop_after(self, step: int) -> None:
         """Pass `StopAfter(step)` on."""
         self._send({"command": "stop_after", "step": step})
+
+    def profile(self, request: ProfileSteps) -> None:
+        """Pass a request for a trace on."""
+        self._send({"command": "profile", **asdict(request)})
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows. One that was not forked yet counts as ended, and ends when it is."""

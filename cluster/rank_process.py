@@ -15,6 +15,7 @@ A rank reads commands as JSON lines, and writes messages as JSON lines:
 
     {"command": "start", "spec": "<JSON of a WorkerSpec>", "log": "<path>" | null}
     {"command": "stop_after", "step": 400}
+    {"command": "profile", "number": 1, "steps": 3, "uri": "<folder for the traces>"}
     {"is": "report", "payload": "<JSON of a Report>"}
     {"is": "error", "type": ..., "message": ..., "retryable": ...}
 
@@ -40,7 +41,7 @@ import traceback
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from data_service.errors import StormjibError
-from trainer.protocol import NoHooks, Report, StopAfter, WorkerSpec, report_to_json
+from trainer.protocol import NoHooks, ProfileSteps, Report, StopAfter, WorkerSpec, report_to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,12 +76,16 @@ class _Hooks(NoHooks):
     def __init__(self, channel: _Channel) -> None:
         self._channel = channel
         self.stop_after: StopAfter | None = None
+        self.profile_steps: ProfileSteps | None = None
 
     def report(self, report: Report) -> None:
         self._channel.send({"is": "report", "payload": report_to_json(report)})
 
     def control(self) -> StopAfter | None:
         return self.stop_after
+
+    def profile(self) -> ProfileSteps | None:
+        return self.profile_steps
 
 
 def _die_with_parent(parent: int) -> None:
@@ -98,6 +103,8 @@ def _listen(descriptor: int, hooks: _Hooks, starts: "queue.SimpleQueue[dict[str,
                 starts.put(command)
             elif command["command"] == "stop_after":
                 hooks.stop_after = StopAfter(int(command["step"]))
+            elif command["command"] == "profile":
+                hooks.profile_steps = ProfileSteps(int(command["number"]), int(command["steps"]), command["uri"])
     os.kill(os.getpid(), signal.SIGKILL)
 
 

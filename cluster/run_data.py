@@ -5,6 +5,7 @@ starts. A run stays with the generation that its checkpoints name, whatever file
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from cluster.run_store import RunFolder
 from data_service.access import DataAccess
 from data_service.bearer import TOKEN_VARIABLE, read_token
 from data_service.config import DataConfig
+from data_service.counts import read_counts
 from data_service.cursor import Cursor
 from data_service.errors import ConfigError, CursorMismatchError, DataError
 from data_service.manifest import DatasetManifest, read_manifest, read_manifests
@@ -22,6 +24,7 @@ from data_service.planning import make_plan
 from trainer import manifest as checkpoints
 from trainer.errors import CheckpointError
 from trainer.manifest import TrainState
+from trainer.tasks.facts import TaskFacts
 
 __all__ = [
     "check_cursor",
@@ -31,6 +34,7 @@ __all__ = [
     "order_of",
     "running_service",
     "service_token",
+    "task_facts",
     "train_plan",
 ]
 
@@ -56,6 +60,21 @@ def train_plan(config: RunConfig, dataset: DatasetManifest) -> Plan:
         ConfigError: the dataset cannot give these rows.
     """
     return make_plan(dataset, "train", order_of(config))
+
+
+def task_facts(config: RunConfig, dataset: DatasetManifest) -> TaskFacts:
+    """What ranks are told of the dataset beside its rows.
+
+    Raises:
+        ConfigError: classes are to be balanced, and the counts of the dataset are gone.
+    """
+    rows: tuple[int, ...] = ()
+    if dataset.labels:
+        counted = Counter[str]()
+        for source in read_counts(config.dataset_uri, dataset.generation):
+            counted.update(source.labels.get("train", {}))
+        rows = tuple(counted[label] for label in dataset.labels)
+    return TaskFacts(dataset.labels, rows, dataset.loss_masks)
 
 
 def service_token() -> str:

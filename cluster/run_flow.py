@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from cluster.chaining import check_base, with_base
 from cluster.config import RunConfig
 from cluster.console import RunConsole
 from cluster.controller import Controller
 from cluster.events import Event
 from cluster.node_pool import NodePool
+from cluster.planning import laid_out
 from cluster.promotion import Export, newest_export, promote
 from cluster.ray_map import ray_mapper
 from cluster.ray_session import Session, open_session
@@ -19,13 +21,15 @@ from cluster.run_store import RunFolder, RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
 from data_service import storage
-from data_service.errors import StormjibError
+from data_service.errors import ConfigError, StormjibError
 from data_service.manifest import DatasetManifest
 from data_service.prepare import prepare
 from data_service.readers import find_files
 from serve.deployment import deploy, undeploy
 from serve.preflight import check_deployable
 from serve.spec import Endpoint, ServeSpec
+from trainer.observe.services import check_services
+from trainer.tasks.paths import check_task_module
 
 __all__ = ["run_all", "serve_export", "train_and_export"]
 
@@ -45,6 +49,7 @@ def train_and_export(config: RunConfig, console: RunConsole) -> int:
 def run_all(config: RunConfig, console: RunConsole) -> int:
     """Prepare, train, export and serve until Ctrl-C; inside a Ray job the application stays up and this returns."""
     _check_early(config)
+    _check_servable(config)
     with ExitStack() as outlives_training:
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
             session = outlives_training.enter_context(open_session(config.cluster, config.serve))
@@ -72,15 +77,32 @@ def _check_early(config: RunConfig) -> None:
 
     Raises:
         ConfigError: the folder holds a run that cannot go on with this configuration, or is no place for checkpoints;
-            a running data service is named, and no token for it.
+            a running data service is named, and no token for it; the run that it starts from is not there, or the
+            module of its task.
         SourceError: a source matches no file.
     """
     storage.check_commits(config.root)
     RunFolder(config.root).check_identity(config)
     if config.data.service.address:
         service_token()
+    check_services(config.observe.wandb, config.observe.mlflow)
+    check_base(config)
+    check_task_module(config.train)
     find_files(config.data.sources)
     check_resume(config)
+
+
+def _check_servable(config: RunConfig) -> None:
+    """Refuse what an endpoint cannot answer with.
+
+    Raises:
+        ConfigError: the run trains a classifier.
+    """
+    if config.train.task == "text_classification":
+        raise ConfigError(
+            "train.task=text_classification: the endpoint generates text, and a classifier has none. Use `stormjib "
+            "train`, whose export `transformers` loads as AutoModelForSequenceClassification."
+        )
 
 
 @contextmanager
@@ -105,6 +127,7 @@ def _train(
     """Prepare, train, export; None when the run was stopped on request."""
     with NodePool(config, session, writer, console) as pool:
         pool.start()
+        config = with_base(config, console.say)
         began = time.monotonic()
         prepared = prepare(config.data, config.dataset_uri, mapper=ray_mapper(), progress=console.prepare)
         manifest = dataset_of_run(config, prepared)
@@ -115,6 +138,7 @@ def _train(
             )
         seconds = time.monotonic() - began
         _tell_dataset(config, manifest, seconds, writer, console)
+        config = laid_out(config, manifest, console.say)
         outcome = Controller(config, pool, writer, console, manifest, stop).train()
         if outcome.reason == "stopped":
             writer.events.enter(RunState.CANCELLED)

@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import RunConfig, dump_yaml
+from cluster.evaluations import score_of
 from cluster.events import Event, EventLog
 from cluster.folder_lock import FolderLock
 from cluster.journal import Journal, open_journal, read_journal
@@ -27,7 +28,12 @@ class StepHistory:
     """The optimizer steps that count, and the evaluations, as metrics.jsonl holds them."""
 
     steps: tuple[dict[str, Any], ...]
-    evals: dict[int, dict[str, float]]
+    evals: dict[int, dict[str, Any]]
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """How good each evaluation was by the task's own metric; lower is better."""
+        return {step: score_of(values) for step, values in self.evals.items()}
 
     @property
     def last_step(self) -> int:
@@ -46,6 +52,7 @@ class RunFolder:
         self.discarded_uri = f"{self.root}/metrics.discarded.jsonl"
         self.checkpoints_uri = f"{self.root}/checkpoints"
         self.stop_uri = f"{self.root}/control/stop"
+        self.profile_uri = f"{self.root}/control/profile"
         self.logs_uri = f"{self.root}/logs"
 
     def export_uri(self, step: int) -> str:
@@ -85,6 +92,24 @@ class RunFolder:
     def request_stop(self) -> None:
         """Ask the controller to write a checkpoint and to end."""
         storage.write_bytes(self.stop_uri, json.dumps({"time": time.time()}).encode())
+
+    def request_profile(self, steps: int) -> str:
+        """Ask the ranks for a trace of their next steps; returns the folder that the traces will be in."""
+        number = (self.profile_request() or (0, 0))[0] + 1
+        storage.write_bytes(self.profile_uri, json.dumps({"number": number, "steps": steps}).encode())
+        return self.traces_uri(number)
+
+    def profile_request(self) -> tuple[int, int] | None:
+        """(number, steps) of the newest request for a trace; None without any, or where it is damaged."""
+        try:
+            found = json.loads(storage.read_bytes(self.profile_uri))
+            return int(found["number"]), int(found["steps"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def traces_uri(self, number: int) -> str:
+        """Folder of the traces of one request."""
+        return f"{self.root}/profiles/{number:04d}"
 
     def check_identity(self, config: RunConfig) -> None:
         """Compare with the run that was started here.

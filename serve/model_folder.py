@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from data_service import storage
 from data_service.errors import ConfigError
+from trainer.hf_config import parse
 
 __all__ = ["ModelFolder", "read_model_folder"]
 
@@ -43,7 +44,7 @@ def read_model_folder(model_uri: str) -> ModelFolder:
     """Read tokenizer and settings.
 
     Raises:
-        ConfigError: a file is missing or does not parse.
+        ConfigError: a file is missing or does not parse, or the model generates no text.
     """
     config = _read_json(model_uri, "config.json", required=True)
     generation = _read_json(model_uri, "generation_config.json", required=False)
@@ -55,17 +56,16 @@ def read_model_folder(model_uri: str) -> ModelFolder:
     tokenizer.no_padding()
     eos_ids = _ids(generation.get("eos_token_id", config.get("eos_token_id")))
     start_ids = _ids(generation.get("bos_token_id", config.get("bos_token_id"))) or eos_ids
-    for key in ("vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(key), int):
-            raise ConfigError(
-                f"{model_uri}/config.json has no integer {key}. Serve a folder of a causal language model."
-            )
+    shape = parse(storage.join(model_uri, "config.json"), config)
+    if shape.num_labels or not shape.causal:
+        kind = f"a classifier of {shape.num_labels} classes" if shape.num_labels else "an encoder"
+        raise ConfigError(f"{model_uri} holds {kind}: it writes no text. Serve a folder of a causal language model.")
     return ModelFolder(
         tokenizer,
         frozenset(eos_ids),
         start_ids[0] if start_ids else None,
-        config["max_position_embeddings"],
-        config["vocab_size"],
+        shape.max_positions,
+        shape.vocab_size,
         max((len(piece) for piece in tokenizer.get_vocab()), default=1),
     )
 

@@ -91,7 +91,7 @@ def load_ranges(checkpoints_uri: str, manifest: Manifest, wanted: Iterable[Range
                 part.wanted.kind,
                 part.wanted.start,
                 part.wanted.numel,
-                torch.frombuffer(bytearray(data), dtype=torch.float32),
+                torch.frombuffer(data, dtype=torch.float32),
             )
             for part, data in zip(group, read_slices(step_uri, group), strict=True)
         ]

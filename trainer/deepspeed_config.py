@@ -6,37 +6,84 @@ reads, and the switches that keep ranks from compiling anything. Builds no engin
 
 import logging
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+from torch import nn
+
+from data_service.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.topology import BatchLayout
 
-__all__ = ["Precision", "engine_config", "quiet", "rank_environment", "resolve_precision", "switch_off_builds"]
+__all__ = [
+    "BufferSizes",
+    "Precision",
+    "engine_config",
+    "quiet",
+    "rank_environment",
+    "resolve_precision",
+    "switch_off_builds",
+]
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 _BUCKET_ELEMENTS = 50_000_000
 """Most elements in one reduction or gathering; DeepSpeed allocates a pipeline's buffer anew in every step."""
 
 
+_LOSS_SCALE_POWER = 16
+"""The loss scale of fp16 begins at 2 to this power."""
+_LOSS_SCALE_WINDOW = 1000
+"""Steps without an overflow after which the loss scale doubles."""
+_LIVE_ELEMENTS = 100_000_000
+"""Elements of gathered weights that ZeRO 3 may keep before it releases and prefetches no more."""
+
+
 def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Precision:
-    """What `train.precision` stands for: bf16 on GPUs (where ZeRO keeps fp32 masters) and fp32 elsewhere for `auto`."""
+    """What `train.precision` stands for: bf16 on GPUs (where ZeRO keeps fp32 masters) and fp32 elsewhere for `auto`.
+
+    Raises:
+        ConfigError: fp16 on CPUs.
+    """
+    if train.precision == "fp16" and device == "cpu":
+        raise ConfigError("train.precision=fp16 on CPUs: fp16 is for GPUs. Set train.precision=bf16 or fp32.")
     if train.precision != "auto":
         return train.precision
     return "bf16" if device == "cuda" and train.zero.stage > 0 else "fp32"
 
 
-def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision, num_elements: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BufferSizes:
+    """What bounds DeepSpeed's buffers."""
+
+    num_elements: int
+    """Elements of the parameters that this rank's modules hold."""
+    largest_vector: int
+    """Elements of the largest vector (norm or bias) among them; ZeRO 3 keeps vectors whole and cuts matrices."""
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> Self:
+        """Measure parameters, before an engine has cut them."""
+        held = list(parameters)
+        vectors = [one.numel() for one in held if one.ndim < 2]
+        return cls(sum(one.numel() for one in held), max(vectors, default=0))
+
+
+def engine_config(
+    train: TrainConfig, layout: BatchLayout, precision: Precision, sizes: BufferSizes, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's configuration of one rank.
 
     Args:
         train: the `train` section; the optimizer and the learning rate are handed over as objects, not by key.
         layout: rows of a rank and how they are cut.
         precision: of the weights that compute; masters, accumulation and reductions are fp32 in either.
-        num_elements: parameters that this rank holds; bounds the buffers.
+        sizes: of the parameters that this rank's modules hold.
+        on_gpu: whether this rank computes on a GPU, so that pages of the host are worth pinning.
     """
-    bucket = min(_BUCKET_ELEMENTS, num_elements + num_elements % 2)
+    bucket = min(_BUCKET_ELEMENTS, sizes.num_elements + sizes.num_elements % 2)
+    offload = {"device": "cpu", "pin_memory": on_gpu}
     return {
         "train_batch_size": layout.num_slots,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
@@ -51,8 +98,22 @@ def engine_config(train: TrainConfig, layout: BatchLayout, precision: Precision,
             "round_robin_gradients": False,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_param_persistence_threshold": sizes.largest_vector,
+            "stage3_max_live_parameters": _LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": _LIVE_ELEMENTS,
+            **({"offload_optimizer": offload} if train.zero.offload_optimizer == "cpu" else {}),
+            **({"offload_param": offload} if train.zero.offload_parameters == "cpu" else {}),
         },
+        # A torch optimizer steps on the host: DeepSpeed's own would be compiled in the ranks.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
+        "fp16": {
+            "enabled": precision == "fp16",
+            "initial_scale_power": _LOSS_SCALE_POWER,
+            "loss_scale_window": _LOSS_SCALE_WINDOW,
+        },
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "wall_clock_breakdown": False,

@@ -1,45 +1,57 @@
-"""A thin wrapper around DeepSpeed's engines: ZeRO 0, 1 and 2 on one stage, ZeRO 1 over a pipeline.
+"""A thin wrapper around DeepSpeed's engines: ZeRO 0 to 3 on one stage, ZeRO 1 over a pipeline.
 
-Owns the process group, the building of an engine from uninitialised modules, one optimizer step and one evaluation of a
-global batch, and this rank's `StateView`s. The caller sets the learning rate, brings the micro-batches and loads the
-state. Refuses to write checkpoints, to schedule and to compile. Written for DeepSpeed 0.19.8.
+Owns the building of an engine from uninitialised modules, one optimizer step and one evaluation of a global batch, and
+this rank's `StateView`s. The caller sets the learning rate, brings the micro-batches, loads the state and decides which
+updates are made. Refuses to write checkpoints, to schedule and to compile. Written for DeepSpeed 0.19.8.
 """
 
 import contextlib
 import io
 import logging
-import os
-import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed import TCPStore, distributed_c10d  # type: ignore[attr-defined]  # no stub names TCPStore
 
+from trainer.adapters import Lora
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
-from trainer.deepspeed_config import Precision, engine_config, quiet, rank_environment, switch_off_builds
-from trainer.errors import WorkerLostError
+from trainer.deepspeed_config import BufferSizes, Precision, engine_config
 from trainer.fragment_readers import (
     StateView,
-    allocate_moments,
+    frozen_views,
     linked_views,
+    partitioned_views,
     plain_views,
-    set_optimizer_steps,
+    refresh_partitions,
 )
+from trainer.guard import LossScale
+from trainer.layers import compile_blocks
+from trainer.lora import attach
+from trainer.loss_module import LossModule, Observe
 from trainer.model import Transformer, TransformerConfig
-from trainer.optim import make_optimizer
+from trainer.optim import (
+    GroupKey,
+    allocate_state,
+    group_parameters,
+    make_optimizer,
+    set_lr,
+    set_optimizer_steps,
+    state_kinds,
+)
 from trainer.pipeline import StagePipeline, build_pipeline
-from trainer.stages import NamedParameter
-from trainer.tasks.causal_lm import weighted_loss
+from trainer.process_group import bound_all_groups
+from trainer.stages import LayerCosts, stage_bounds
+from trainer.step_gate import Admit, StepGate
+from trainer.tasks.base import Task
 from trainer.topology import BatchLayout, Mesh
 
-__all__ = ["StepOutcome", "TrainEngine", "close_process_group", "open_process_group"]
+__all__ = ["StepOutcome", "TrainEngine"]
 
 _log = logging.getLogger(__name__)
 
@@ -49,79 +61,12 @@ class StepOutcome:
     """What an optimizer step tells; the same on every rank."""
 
     loss: float
-    """Mean token loss of the global batch, before the update."""
+    """Mean loss of the global batch, before the update."""
     grad_norm: float
-    """L2 norm of the whole model's gradient before clipping; tied weights count once."""
-
-
-def open_process_group(
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    master: tuple[str, int],
-    device: Literal["cpu", "cuda"],
-    interface: str | None,
-    timeout_s: float,
-) -> None:
-    """Join the ranks of the attempt. A collective: every rank calls it, rank 0 opens the store at `master`.
-
-    Args:
-        rank: of this process.
-        world_size: ranks in all.
-        local_rank: CUDA device of this process, where `device` is cuda.
-        master: host and port of the TCPStore.
-        device: cpu uses gloo, cuda NCCL.
-        interface: network interface of the collectives, such as `lo`; None lets the backend choose.
-        timeout_s: a collective that waits longer fails.
-    """
-    os.environ.update(rank_environment(rank, world_size, local_rank, master, device))
-    if interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ["NCCL_SOCKET_IFNAME"] = interface
-    quiet()
-    switch_off_builds()
-    if device == "cuda":
-        torch.cuda.set_device(local_rank)
-    backend = "gloo" if device == "cpu" else "nccl"
-    timeout = timedelta(seconds=timeout_s)
-    store = _open_store(rank, world_size, master, timeout)
-    # bound to its GPU, as DeepSpeed 0.19.8 does where there are peers
-    own = torch.device("cuda", local_rank) if device == "cuda" and world_size > 1 else None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=own)
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-
-
-def _open_store(rank: int, world_size: int, master: tuple[str, int], timeout: timedelta) -> TCPStore:
-    """The ranks' store. Rank 0 brings its own socket: torch 2.13 would listen on every interface, without a password.
-
-    Raises:
-        WorkerLostError: the address is none of this node's, or its port is taken.
-    """
-    if rank != 0:
-        return TCPStore(*master, world_size, is_master=False, timeout=timeout)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(*master, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(world_size)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise WorkerLostError(
-            f"Rank 0 cannot open its store at {master[0]}:{master[1]}: {error}. The address must be one of its node's, "
-            "and the port free."
-        ) from error
-    # the store owns the descriptor from here on
-    return TCPStore(*master, world_size, is_master=True, master_listen_fd=listener.detach(), timeout=timeout)
-
-
-def close_process_group() -> None:
-    """Leave the process group; does nothing where there is none."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """L2 norm of the whole model's gradient before clipping; tied weights count once. Infinite, not a number or
+    negative where the gradient is not finite."""
+    overflowed: bool = False
+    """Whether the gradient exceeded the range of fp16: no update was made, and the loss scale is halved."""
 
 
 class TrainEngine:
@@ -136,36 +81,69 @@ class TrainEngine:
         layout: BatchLayout,
         device: torch.device,
         precision: Precision,
+        task: Task,
+        lora: Lora | None = None,
+        costs: LayerCosts | None = None,
     ) -> None:
-        """Build it, weights uninitialised: fill `views`, then call `refresh`. A collective: every rank calls it."""
+        """Build it, weights uninitialised; fill `views` and `frozen`, then call `refresh`.
+
+        A collective: every rank calls it, with the same `costs` of layers where it is a pipeline.
+        """
         self.mesh = mesh
         self.layout = layout
         self.device = device
         self.dp_index, self.stage = mesh.coordinate(rank)
         self._train = train
+        self._precision = precision
         self._zero_stage = train.zero.stage
-        self._model = build_pipeline(config, mesh.dp, mesh.pp) if mesh.pp > 1 else Transformer(config)
-        self.parameters = tuple(_named(self._model))
-        num_elements = sum(named.parameter.numel() for named in self.parameters)
-        self._adamw = make_optimizer(((n.name, n.parameter) for n in self.parameters), train.optimizer)
+        self._clipped_norm: Tensor | None = None
+        recompute = train.recompute == "blocks"
+        self._model: StagePipeline | LossModule = (
+            build_pipeline(config, mesh.dp, stage_bounds(config, mesh.pp, costs), task, recompute)
+            if mesh.pp > 1
+            else LossModule(Transformer(config, recompute), task)
+        )
+        if lora is not None:
+            attach(self._model, lora)
+        if train.compile:
+            compile_blocks(self._model)
+        self.parameters = tuple(self._model.named_model_parameters())
+        sizes = BufferSizes.of(named.parameter for named in self.parameters)
+        groups = group_parameters(((n.name, n.parameter) for n in self.parameters), train.optimizer)
+        if isinstance(self._model, StagePipeline):
+            _fill_groups(groups, self._model)
+        self._optimizer = make_optimizer(groups, train.optimizer)
+        self._gate = StepGate(self._optimizer, device)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             self._engine: Any = deepspeed.initialize(
                 model=self._model,
-                optimizer=self._adamw,
-                config=engine_config(train, layout, precision, num_elements),
+                optimizer=self._optimizer,
+                config=engine_config(train, layout, precision, sizes, on_gpu=device.type == "cuda"),
                 dist_init_required=False,
             )[0]
         _log.debug("deepspeed: %s", said.getvalue().strip())
         if isinstance(self._model, StagePipeline):
-            self._model.schedule_exact_ties(self._engine)
-        _bound_all_groups(timedelta(seconds=train.collective_timeout_s))
-        allocate_moments(self._adamw)
-        self.views: list[StateView] = (
-            plain_views(self.parameters, self._adamw, self.dp_index, mesh.dp)
-            if self._zero_stage == 0
-            else linked_views(self.parameters, self._adamw, self._adamw.param_groups)
-        )
+            self._model.join(self._engine)
+        elif self._zero_stage == 3:
+            self._model.gather_output_matrix()
+        bound_all_groups(timedelta(seconds=train.collective_timeout_s))
+        self.views: list[StateView] = self._views()
+        self.frozen: list[StateView] = frozen_views(self.parameters)
+
+    def _views(self) -> list[StateView]:
+        """Views of this rank's masters and moments; the moments are allocated."""
+        trained = [named for named in self.parameters if named.parameter.requires_grad]
+        kinds = state_kinds(self._train.optimizer)
+        zero = self._engine.optimizer
+        if self._zero_stage == 3:
+            allocate_state(self._optimizer, zero.fp32_partitioned_groups_flat, kinds)
+            return partitioned_views(trained, zero)
+        groups = self._optimizer.param_groups
+        allocate_state(self._optimizer, (held for group in groups for held in group["params"]), kinds)
+        if self._zero_stage == 0:
+            return plain_views(trained, self._optimizer, self.dp_index, self.mesh.dp)
+        return linked_views(trained, self._optimizer, groups)
 
     @property
     def is_first(self) -> bool:
@@ -182,6 +160,10 @@ class TrainEngine:
         """Whether this rank needs rows at all."""
         return self.is_first or self.is_last
 
+    def before_update(self, action: Callable[[], None]) -> None:
+        """Have `action` called before each time the optimizer writes masters and moments."""
+        self._optimizer.register_step_pre_hook(lambda *_: action())
+
     def refresh(self, optimizer_steps: int) -> None:
         """Bring the computing weights in line with masters that were just written through `views`.
 
@@ -190,84 +172,137 @@ class TrainEngine:
         Args:
             optimizer_steps: updates made so far, 0 for initial weights.
         """
-        set_optimizer_steps(self._adamw, optimizer_steps)
-        if self._zero_stage > 0:
+        set_optimizer_steps(self._optimizer, optimizer_steps)
+        if self._zero_stage == 3:
+            refresh_partitions(self._engine.optimizer)
+        elif self._zero_stage > 0:
             self._engine.optimizer.update_lp_params()
 
-    def train_step(self, batch: Sequence[MicroBatch], lr: float) -> StepOutcome:
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """Where the loss scale of fp16 stands; None for other precisions."""
+        if self._precision != "fp16":
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        quiet = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return LossScale(float(scaler.cur_scale), quiet, scaler.cur_hysteresis)
+
+    @loss_scale.setter
+    def loss_scale(self, state: LossScale | None) -> None:
+        if self._precision == "fp16" and state is not None:
+            scaler = self._engine.optimizer.loss_scaler
+            scaler.cur_scale, scaler.cur_hysteresis = state.scale, state.hysteresis
+            scaler.cur_iter, scaler.last_overflow_iter = state.quiet_steps, -1
+
+    def train_step(self, batch: Sequence[MicroBatch], lr: float, admit: Admit | None = None) -> StepOutcome:
         """One optimizer step over this rank's micro-batches of a global batch. A collective: every rank calls it.
 
         Args:
             batch: `layout.num_micro_batches` micro-batches; empty on a stage between the first and the last.
             lr: learning rate of this step.
+            admit: whether a step with that loss and gradient norm may change the weights; None asks for no more than
+                what DeepSpeed refuses. It costs a look at the loss before the update.
         """
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         if isinstance(self._model, StagePipeline):
-            loss = float(self._engine.train_batch(data_iter=iter(batch)))
-            return StepOutcome(loss, float(self._engine.get_global_grad_norm()))
+            pipeline = self._engine
+            with self._gate.armed(admit, lambda: float(pipeline._aggregate_total_loss()), self._norm):
+                loss = float(self._engine.train_batch(data_iter=iter(batch)))
+            return StepOutcome(loss, self._norm())
         self._engine.train()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for inputs, targets in batch:
-            micro_loss = weighted_loss(self._engine(*inputs), targets)
+            micro_loss = self._engine(inputs, targets)
             total += micro_loss.detach()
             self._engine.backward(micro_loss)
-            if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
-                norm = self._clip()
+            if self._engine.is_gradient_accumulation_boundary():
+                break
             self._engine.step()
-        if self._zero_stage > 0:
-            norm = float(self._engine.get_global_grad_norm())
-        return StepOutcome(self._mean_over_dp(total), norm)
+        mean = self._mean_over_dp(total)
+        with self._gate.armed(admit, lambda: float(mean), self._norm):
+            if self._zero_stage == 0:
+                self._clipped_norm = self._clip()
+            self._engine.step()
+        return StepOutcome(float(mean), self._norm(), self._overflowed())
 
-    def evaluate(self, batch: Sequence[MicroBatch]) -> float:
-        """Mean token loss of one global batch, without an update. A collective: every rank calls it.
+    def evaluate(self, batch: Sequence[MicroBatch], observe: Observe | None = None) -> float:
+        """Mean loss of one global batch, without an update. A collective: every rank calls it.
 
         Args:
             batch: as for `train_step`, of the same shape.
+            observe: called for each micro-batch on the ranks of the last stage.
         """
         if isinstance(self._model, StagePipeline):
-            return float(self._engine.eval_batch(iter(batch)))
+            with self._model.observed_by(observe):
+                return float(self._engine.eval_batch(iter(batch)))
         self._engine.eval()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         with torch.no_grad():
             for inputs, targets in batch:
-                total += weighted_loss(self._engine.module(*inputs), targets)
+                total += self._engine.module(inputs, targets, observe)
         self._engine.train()
-        return self._mean_over_dp(total)
+        return float(self._mean_over_dp(total))
 
-    def global_tokens(self, count: int) -> int:
-        """Valid tokens of the whole global batch. A collective: every rank calls it.
+    def look(self, micro_batch: MicroBatch, observe: Observe) -> None:
+        """One forward pass over one micro-batch, of the training's shape in a pipeline, and nothing else.
+
+        A collective: every rank calls it, also those between the first and the last stage.
 
         Args:
-            count: valid tokens of this rank's rows; what the last stages say counts.
+            micro_batch: inputs and targets.
+            observe: called on the ranks of the last stage.
         """
-        held = torch.tensor([count if self.is_last else 0], dtype=torch.int64, device=self.device)
-        dist.all_reduce(held)
-        return int(held.item())
+        if isinstance(self._model, StagePipeline):
+            with self._model.observed_by(observe):
+                self._engine.eval_batch(iter([micro_batch]), num_micro_batches=1)
+            return
+        self._engine.eval()
+        with torch.no_grad():
+            self._engine.module(*micro_batch, observe)
+        self._engine.train()
 
-    def _mean_over_dp(self, weighted_sum: Tensor) -> float:
+    def global_sums(self, *counts: int) -> tuple[int, ...]:
+        """Counts of this rank's rows, added up over the whole global batch. A collective: every rank calls it.
+
+        Args:
+            counts: such as units (`Task.count`) and tokens; what the last stages say counts.
+        """
+        mine = counts if self.is_last else (0,) * len(counts)
+        held = torch.tensor(mine, dtype=torch.int64, device=self.device)
+        dist.all_reduce(held)
+        return tuple(held.tolist())
+
+    def _mean_over_dp(self, weighted_sum: Tensor) -> Tensor:
         """What DeepSpeed's pipeline reports: the sum over micro-batches, divided by gas, meant over dp."""
         mean = weighted_sum / self.layout.num_micro_batches
         if self.mesh.dp > 1:
             dist.all_reduce(mean)
             mean /= self.mesh.dp
-        return float(mean)
+        return mean
 
-    def _clip(self) -> float:
+    def _norm(self) -> float:
+        """Norm of the gradient of the step that is being made, once it is known."""
+        zero = self._engine.optimizer
+        norm: Any = self._clipped_norm if self._zero_stage == 0 else zero._global_grad_norm
+        return float(norm)
+
+    def _overflowed(self) -> bool:
+        """Whether the last step exceeded the range of fp16."""
+        return self._precision == "fp16" and bool(self._engine.optimizer.overflow)
+
+    def _clip(self) -> Tensor:
         """Clip without ZeRO, where gradients are whole and equal on all ranks; returns the norm before it."""
         bound = self._train.optimizer.grad_clip or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_([n.parameter for n in self.parameters], bound))
+        return torch.nn.utils.clip_grad_norm_([n.parameter for n in self.parameters], bound)
 
 
-def _named(model: StagePipeline | Transformer) -> Iterator[NamedParameter]:
-    if isinstance(model, StagePipeline):
-        yield from model.named_stage_parameters()
-    else:
-        for name, parameter in model.named_parameters():
-            yield NamedParameter(name, parameter, counted=True)
+def _fill_groups(groups: dict[GroupKey, list[nn.Parameter]], pipeline: StagePipeline) -> None:
+    """Give every stage of a pipeline the same parameter groups. A collective: every rank calls it.
 
-
-def _bound_all_groups(timeout: timedelta) -> None:
-    """Give every process group our deadline; those that DeepSpeed makes come with torch's half hour."""
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timeout, group)
+    DeepSpeed takes the norm of one group after the other over all stages, and would wait for ever where one has fewer.
+    A group that lacks parameters here gets one element that nothing computes with.
+    """
+    everywhere: list[list[GroupKey]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, sorted(groups))
+    for key in {key for found in everywhere for key in found} - groups.keys():
+        groups[key] = [pipeline.add_filler()]

@@ -4,12 +4,14 @@ StormjibError (data_service.errors)
 ├── TrainError
 │   ├── WorkerLostError             a rank ended before its run did: retryable
 │   ├── CollectiveTimeoutError      a collective did not end within its deadline: retryable
-│   └── NonFiniteLossError          the loss or the gradient is not a number; never retried blindly
+│   ├── NonFiniteLossError          the loss or the gradient is not a number; never retried blindly
+│   └── LossSpikeError              the loss leapt; never retried blindly
 └── CheckpointError
 ├── CheckpointIncompleteError   parts do not cover every parameter once, or no manifest was committed
 ├── CheckpointCorruptError      bytes of a part do not match the manifest
 ├── ManifestInvalidError        a manifest cannot be read as one
-└── CommitLostError             another attempt committed this step first
+├── CommitLostError             another attempt committed this step first, or has taken over
+└── SaveFailedError             a part was not taken by the store, or not in time: retryable
 """
 
 from data_service.errors import StormjibError
@@ -20,8 +22,10 @@ __all__ = [
     "CheckpointIncompleteError",
     "CollectiveTimeoutError",
     "CommitLostError",
+    "LossSpikeError",
     "ManifestInvalidError",
     "NonFiniteLossError",
+    "SaveFailedError",
     "TrainError",
     "WorkerLostError",
 ]
@@ -47,6 +51,10 @@ class NonFiniteLossError(TrainError):
     """The loss or the gradient norm is not a number."""
 
 
+class LossSpikeError(TrainError):
+    """The loss leapt beyond what `train.guard` allows."""
+
+
 class CheckpointError(StormjibError):
     """A checkpoint cannot be written or read."""
 
@@ -65,3 +73,9 @@ class ManifestInvalidError(CheckpointError):
 
 class CommitLostError(CheckpointError):
     """Another attempt has committed this step; what it wrote stands."""
+
+
+class SaveFailedError(CheckpointError):
+    """A part of a checkpoint was not taken by the store, or not within its deadline."""
+
+    retryable = True

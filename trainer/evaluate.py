@@ -7,9 +7,12 @@ weights as training rows, so that an evaluation is equal on every mesh.
 import math
 from dataclasses import dataclass
 
+from torch import distributed as dist
+
 from data_service.errors import ConfigError
-from trainer.batching import RowSource, count_tokens, micro_batches
+from trainer.batching import RowSource, micro_batches
 from trainer.deepspeed_engine import TrainEngine
+from trainer.tasks.base import Outputs, Sums, Targets, Task
 
 __all__ = ["Evaluation", "evaluate", "perplexity"]
 
@@ -21,9 +24,11 @@ class Evaluation:
     """An evaluation; the same on every rank."""
 
     loss: float
-    """Mean token loss in nats."""
+    """Mean loss over the task's units (tokens or rows), in nats."""
     tokens: int
-    """Valid tokens looked at."""
+    """Units looked at: valid tokens, or labelled rows."""
+    metrics: dict[str, float]
+    """What the task makes of its sums; empty where it has none."""
 
 
 def perplexity(loss: float) -> float:
@@ -31,11 +36,12 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, _LARGEST_EXPONENT))
 
 
-def evaluate(engine: TrainEngine, client: RowSource, max_batches: int | None) -> Evaluation:
+def evaluate(engine: TrainEngine, task: Task, client: RowSource, max_batches: int | None) -> Evaluation:
     """Evaluate on the held-out split. A collective: every rank calls it.
 
     Args:
         engine: holds the model and the layout.
+        task: what is learned.
         client: of the data service.
         max_batches: most global batches to look at; None for all.
 
@@ -47,16 +53,36 @@ def evaluate(engine: TrainEngine, client: RowSource, max_batches: int | None) ->
     stop = plan.num_batches if max_batches is None else min(plan.num_batches, max_batches)
     slots = layout.slots(engine.dp_index)
     stream = client.stream("eval", 0, stop, slots) if engine.consumes_rows else None
-    total, num_tokens = 0.0, 0
+    sums = {name: held.to(engine.device) for name, held in task.zeros().items()}
+
+    def observe(outputs: Outputs, targets: Targets) -> None:
+        for name, seen in task.observe(outputs, targets).items():
+            sums[name] += seen
+
+    total, num_units = 0.0, 0
     for _ in range(stop):
         rows = None if stream is None else next(stream)
-        batch_tokens = engine.global_tokens(0 if rows is None else count_tokens(rows))
-        batch = [] if rows is None else micro_batches(rows, layout, batch_tokens, engine.device)
-        total += engine.evaluate(batch) * batch_tokens
-        num_tokens += batch_tokens
-    if num_tokens == 0:
+        (batch_units,) = engine.global_sums(0 if rows is None else task.count(rows))
+        batch = [] if rows is None else micro_batches(task, rows, layout, batch_units, engine.device)
+        total += engine.evaluate(batch, observe if sums else None) * batch_units
+        num_units += batch_units
+    if num_units == 0:
         raise ConfigError(
             f"the held-out split was evaluated, none of the labels of its {stop} global batches counts: its chats have "
-            "no assistant's words within data.seq_len. Raise data.seq_len, data.split.eval or train.eval.max_batches."
+            "no assistant's words within data.seq_len, or its rows no class. Raise data.seq_len, data.split.eval or "
+            "train.eval.max_batches."
         )
-    return Evaluation(total / num_tokens, num_tokens)
+    metrics = task.metrics(_over_all_ranks(sums))
+    if task.metric != "loss" and task.metric not in metrics:
+        raise ConfigError(
+            f"the task says that {task.metric!r} decides which checkpoint is best, and gives no such metric "
+            f"({', '.join(metrics) or 'none at all'}). Return it from `metrics`, or set `metric` to 'loss'."
+        )
+    return Evaluation(total / num_units, num_units, metrics)
+
+
+def _over_all_ranks(sums: Sums) -> Sums:
+    """The sums of the whole evaluation, on every rank; ranks before the last stage have seen nothing."""
+    for held in sums.values():
+        dist.all_reduce(held)
+    return {name: held.cpu() for name, held in sums.items()}

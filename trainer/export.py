@@ -7,7 +7,7 @@ files writes `stormjib.json`, which says where the weights come from.
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -15,16 +15,29 @@ import torch
 from torch import Tensor
 
 from data_service import storage
+from trainer.adapters import Base, Lora, check_base, trained_shapes
 from trainer.checkpoint import load_ranges
 from trainer.errors import ManifestInvalidError
 from trainer.fragments import Range
-from trainer.hf import save_hf
+from trainer.hf import open_weights, save_hf
+from trainer.lora import merged
 from trainer.manifest import Manifest, read_manifest
 from trainer.model import TransformerConfig, parameter_shapes
+from trainer.peft_folder import save_adapters
 
-__all__ = ["PROVENANCE_FILE", "Provenance", "export_checkpoint", "model_config", "read_provenance"]
+__all__ = [
+    "ADAPTER_FOLDER",
+    "PROVENANCE_FILE",
+    "Provenance",
+    "export_checkpoint",
+    "model_config",
+    "read_provenance",
+    "trained_weights",
+]
 
 PROVENANCE_FILE = "stormjib.json"
+ADAPTER_FOLDER = "adapter"
+"""Below an export of a run that trained adapters: they alone, as `peft` loads them."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +72,51 @@ def export_checkpoint(
         ConfigError: there is no tokenizer at `tokenizer_uri`.
     """
     manifest = read_manifest(checkpoints_uri, step)
-    config = model_config(manifest)
+    config, state = model_config(manifest), manifest.state
     digest = hashlib.blake2b(digest_size=8)
+    trained = trained_weights(checkpoints_uri, manifest, config)
+    if state.lora is not None and state.base is not None:
+        adapters = dict(trained)
+        save_adapters(storage.join(out_uri, ADAPTER_FOLDER), config, state.lora, state.base, adapters)
+        trained = _merged_weights(config, state.lora, state.base, adapters)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in parameter_shapes(config).items():
-            whole = torch.empty(math.prod(shape), dtype=torch.float32)
-            for fragment in load_ranges(checkpoints_uri, manifest, [Range(name, "master", 0, whole.numel())]):
-                whole[fragment.start : fragment.start + fragment.numel] = fragment.data
-            digest.update(whole.view(torch.uint8).numpy().data)
-            yield name, whole.view(shape)
+        for name, whole in trained:
+            digest.update(whole.contiguous().view(-1).view(torch.uint8).numpy().data)
+            yield name, whole
 
-    save_hf(out_uri, config, tensors(), tokenizer_uri, dtype)
+    save_hf(out_uri, config, tensors(), tokenizer_uri, dtype, state.labels or None)
     provenance = Provenance(step, manifest.attempt, digest.hexdigest(), manifest.state.dataset_digest)
     text = json.dumps(asdict(provenance), indent=2).encode()
     storage.write_bytes(storage.join(out_uri, PROVENANCE_FILE), text)
     return provenance
+
+
+def trained_weights(
+    checkpoints_uri: str, manifest: Manifest, config: TransformerConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, fp32 values) of all that a checkpoint holds, one in memory at a time, in the layers' order."""
+    for name, shape in trained_shapes(config, manifest.state.lora).items():
+        whole = torch.empty(math.prod(shape), dtype=torch.float32)
+        for fragment in load_ranges(checkpoints_uri, manifest, [Range(name, "master", 0, whole.numel())]):
+            whole[fragment.start : fragment.start + fragment.numel] = fragment.data
+        yield name, whole.view(shape)
+
+
+def _merged_weights(
+    config: TransformerConfig, lora: Lora, base: Base, adapters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The whole model: weights of the base, with the adapters added to those that have one."""
+    check_base(base)
+    weights = open_weights(base.folder, config)
+    for name in parameter_shapes(config):
+        matrix = name.removesuffix(".weight")
+        if name in adapters:
+            yield name, adapters[name]
+        elif f"{matrix}.lora_a" in adapters:
+            yield name, merged(weights[name], adapters[f"{matrix}.lora_a"], adapters[f"{matrix}.lora_b"], lora)
+        else:
+            yield name, weights[name].float()
 
 
 def read_provenance(folder: str) -> Provenance | None:
@@ -102,7 +144,7 @@ def model_config(manifest: Manifest) -> TransformerConfig:
         config = TransformerConfig(**manifest.state.model)  # type: ignore[arg-type]  # compared below
     except TypeError as error:
         raise ManifestInvalidError(f"Step {manifest.step} describes no model: {error}. Use another step.") from error
-    if parameter_shapes(config) != manifest.state.parameters:
+    if trained_shapes(config, manifest.state.lora) != manifest.state.parameters:
         raise ManifestInvalidError(
             f"Step {manifest.step} holds parameters that its model does not have. Use another step."
         )

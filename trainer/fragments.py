@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BYTES_PER_ELEMENT", "KINDS", "Fragment", "Kind", "Range", "coverage_problems", "intersect", "merge"]
 
-Kind = Literal["master", "exp_avg", "exp_avg_sq"]
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "momentum_buffer"]
 KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps of a parameter: the fp32 master and both moments."""
+"""What Adam and AdamW keep of a parameter: the fp32 master and both moments. Of SGD see `trainer.optim.state_kinds`."""
 
 BYTES_PER_ELEMENT = 4
 """Fragments are fp32."""

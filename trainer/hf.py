@@ -1,63 +1,51 @@
 """Hugging Face folders, in and out.
 
-Owns the translation between our Llama-style model and the folder that `transformers` loads: `config.json`, weights in
-safetensors and a tokenizer. Weights are streamed, one tensor in memory at a time. Refuses what our model cannot compute
-(other architectures, biases, scaled rotary positions) rather than loading it nearly right; never unpickles. Does not
-import `transformers`.
+Owns the files of a folder that `transformers` loads: `config.json`, weights in safetensors and a tokenizer. Weights are
+streamed, one tensor in memory at a time. What families call their numbers and tensors is in `trainer.hf_config` and
+`trainer.hf_tensors`. Never unpickles; does not import `transformers`.
 """
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from data_service import storage
 from data_service.errors import ConfigError
+from trainer.architecture import TransformerConfig, parameter_shapes
 from trainer.errors import CheckpointCorruptError
-from trainer.model import Transformer, TransformerConfig, parameter_shapes
+from trainer.hf_config import describe, parse
+from trainer.hf_tensors import (
+    Place,
+    bare_name,
+    is_ignored,
+    place_of,
+    stored_shape,
+    stored_tensors,
+    take,
+    written_shapes,
+)
+from trainer.model import Transformer
 from trainer.safetensors_io import MAX_HEADER_BYTES, PREFIX_BYTES, TensorEntry, make_header, parse_header
 
-__all__ = ["FolderWeights", "build_from_hf", "hf_name", "load_hf", "open_weights", "read_config", "save_hf"]
+__all__ = ["FolderWeights", "build_from_hf", "load_hf", "open_weights", "read_config", "save_hf"]
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
-_BLOCK_NAMES = {
-    "attention_norm": "input_layernorm",
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-_OUTER_NAMES = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "head.norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
+_NAMES = {"F32": "float32", "BF16": "bfloat16"}
+_HEADS = ("head.classifier.", "head.pooler.")
+"""Parameters that a folder of a language model lacks when a classifier starts from it."""
 _DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F64": torch.float64,
 }
-
-
-def hf_name(name: str) -> str:
-    """The name that `transformers` gives the parameter with a canonical name."""
-    if name in _OUTER_NAMES:
-        return _OUTER_NAMES[name]
-    matched = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
-    assert matched is not None, name
-    return f"model.layers.{matched[1]}.{_BLOCK_NAMES[matched[2]]}.weight"
 
 
 def read_config(folder: str) -> TransformerConfig:
@@ -76,27 +64,7 @@ def read_config(folder: str) -> TransformerConfig:
         raise ConfigError(f"model.from={folder}: there is no {_CONFIG}. Name a Hugging Face model folder.") from error
     except ValueError as error:
         raise ConfigError(f"{uri} is no JSON: {error}. Fetch the folder again.") from error
-    _refuse_unsupported(uri, found)
-    rope = found.get("rope_parameters") or {}
-    try:
-        return TransformerConfig(
-            vocab_size=int(found["vocab_size"]),
-            d_model=int(found["hidden_size"]),
-            num_layers=int(found["num_hidden_layers"]),
-            num_heads=int(found["num_attention_heads"]),
-            num_kv_heads=int(found.get("num_key_value_heads") or found["num_attention_heads"]),
-            head_dim=int(found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"]),
-            d_ff=int(found["intermediate_size"]),
-            rope_theta=float(rope.get("rope_theta", found.get("rope_theta", 10000.0))),
-            norm_eps=float(found.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(found.get("tie_word_embeddings", False)),
-            init_std=float(found.get("initializer_range", 0.02)),
-            max_positions=int(found["max_position_embeddings"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{uri} lacks or garbles a key of a llama model: {error!r}. Fetch the folder again."
-        ) from error
+    return parse(uri, found)
 
 
 def save_hf(
@@ -105,8 +73,9 @@ def save_hf(
     tensors: Iterable[tuple[str, Tensor]],
     tokenizer_folder: str | None,
     dtype: Literal["F32", "BF16"] = "F32",
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
+    """Write a folder that `transformers`' auto classes load: AutoModelForCausalLM, …ForMaskedLM or …ForSequence….
 
     `config.json` is written last: a folder without it was not finished.
 
@@ -116,63 +85,67 @@ def save_hf(
         tensors: (canonical name, values) in the order of `trainer.model.parameter_shapes`, each once.
         tokenizer_folder: path or URI of the tokenizer's files to copy; None leaves the folder without one.
         dtype: of the written weights.
+        class_names: of a classifier, in the order of its outputs; None numbers them.
 
     Raises:
         ConfigError: the tokenizer's folder lacks `tokenizer.json`.
     """
-    shapes = parameter_shapes(config)
-    header, _ = make_header([(hf_name(name), dtype, shape) for name, shape in shapes.items()], {"format": "pt"})
+    header, _ = make_header([(name, dtype, shape) for name, shape in written_shapes(config)], {"format": "pt"})
     with storage.publish(storage.join(folder, _WEIGHTS)) as file:
         file.write(header)
-        written = []
-        for name, tensor in tensors:
-            assert tuple(tensor.shape) == shapes[name], (name, tensor.shape)
-            written.append(name)
+        for _, tensor in stored_tensors(tensors, config):
             file.write(_to_bytes(tensor, _DTYPES[dtype]))
-        assert written == list(shapes), "each parameter once, in the order of parameter_shapes"
     special: dict[str, int] = {}
     if tokenizer_folder is not None:
         special = _copy_tokenizer(tokenizer_folder, folder)
         generation = json.dumps(special, indent=2).encode()
         storage.write_bytes(storage.join(folder, "generation_config.json"), generation)
-    described = json.dumps(_describe(config, special, dtype), indent=2).encode()
+    described = json.dumps(describe(config, special, _NAMES[dtype], class_names), indent=2).encode()
     storage.write_bytes(storage.join(folder, _CONFIG), described)
 
 
 class FolderWeights(Mapping[str, Tensor]):
     """Weights of a Hugging Face folder by canonical name, each read when it is asked for."""
 
-    def __init__(self, folder: str, config: TransformerConfig) -> None:
+    def __init__(self, folder: str, config: TransformerConfig, fresh_head: bool = False) -> None:
         """Find every parameter of `config` in the folder's headers.
+
+        Args:
+            folder: path or URI.
+            config: shape of the model.
+            fresh_head: a classifier's own parameters may lack, or have another number of classes; they are then not
+                among the names.
 
         Raises:
             ConfigError: weights are missing, of another shape or dtype, or have no place in the model.
         """
-        self._folder = folder
-        self._entries: dict[str, tuple[str, TensorEntry]] = {}
-        found = {
-            name: (uri, entry)
-            for uri in _weight_files(folder)
-            for name, entry in _read_header(uri).items()
-            if not name.endswith(".rotary_emb.inv_freq")  # derived; old exports hold it
-        }
-        if config.tie_embeddings:
-            found.pop("lm_head.weight", None)
+        self._entries: dict[str, tuple[str, TensorEntry, Place]] = {}
+        found = {bare_name(name): (uri, entry) for uri in _weight_files(folder) for name, entry in _read_header(uri)}
+        used = set()
         for name, shape in parameter_shapes(config).items():
-            uri_and_entry = found.pop(hf_name(name), None)
-            if uri_and_entry is None:
-                raise ConfigError(f"{folder} holds no {hf_name(name)}, which its {_CONFIG} calls for. Fetch it again.")
-            entry = uri_and_entry[1]
-            if entry.shape != shape or entry.dtype not in _DTYPES:
+            place = place_of(name, config)
+            bare = bare_name(place.name)
+            may_lack = fresh_head and name.startswith(_HEADS)
+            if bare not in found:
+                if may_lack:
+                    continue
+                raise ConfigError(f"{folder} holds no {place.name}, which its {_CONFIG} calls for. Fetch it again.")
+            uri, entry = found[bare]
+            expected = stored_shape(place, shape)
+            if entry.shape != expected or entry.dtype not in _DTYPES:
+                if may_lack:
+                    continue
                 raise ConfigError(
                     f"{folder}: {entry.name} is {entry.dtype} of shape {entry.shape}; its {_CONFIG} calls for "
-                    f"{shape}, in one of {', '.join(_DTYPES)}. Fetch it again."
+                    f"{expected}, in one of {', '.join(_DTYPES)}. Fetch it again."
                 )
-            self._entries[name] = uri_and_entry
-        if found:
+            used.add(bare)
+            self._entries[name] = (uri, entry, place)
+        left = sorted(found[bare][1].name for bare in found.keys() - used if not is_ignored(bare))
+        if left:
             raise ConfigError(
-                f"{folder} holds {', '.join(sorted(found)[:3])}{' …' if len(found) > 3 else ''}, which a llama model "
-                "has no place for. Use a model without biases, adapters or extra layers."
+                f"{folder} holds {', '.join(left[:3])}{' …' if len(left) > 3 else ''}, which its {_CONFIG} has no "
+                f"place for in a {config.family} model. Use one without adapters or extra layers."
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -181,11 +154,11 @@ class FolderWeights(Mapping[str, Tensor]):
         Raises:
             CheckpointCorruptError: the file is shorter than its header says.
         """
-        uri, entry = self._entries[name]
+        uri, entry, place = self._entries[name]
         data = bytearray(storage.read_range(uri, entry.offset, entry.num_bytes))
         if len(data) != entry.num_bytes:
             raise CheckpointCorruptError(f"{uri} ends inside of {entry.name}. Fetch or export it again.")
-        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape)
+        return take(torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape), place)
 
     def __iter__(self) -> Iterator[str]:
         """Canonical names."""
@@ -197,8 +170,8 @@ class FolderWeights(Mapping[str, Tensor]):
 
 
 def open_weights(folder: str, config: TransformerConfig) -> FolderWeights:
-    """The weights of a folder, for a model of the given shape; see `FolderWeights`."""
-    return FolderWeights(folder, config)
+    """The weights of a folder to start a model of the given shape from; a classifier's own may lack."""
+    return FolderWeights(folder, config, fresh_head=config.num_labels > 0)
 
 
 def load_hf(folder: str) -> tuple[TransformerConfig, FolderWeights]:
@@ -229,57 +202,6 @@ def build_from_hf(folder: str, device: torch.device | str, dtype: torch.dtype) -
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     return model.eval().requires_grad_(False)
-
-
-def _refuse_unsupported(uri: str, found: Any) -> None:
-    """Raise ConfigError for what our model would compute differently."""
-    if not isinstance(found, dict) or found.get("model_type") != "llama":
-        kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
-        raise ConfigError(f"{uri}: model_type is {kind!r}; only 'llama' is supported. Choose a llama model.")
-    rope = found.get("rope_scaling") or found.get("rope_parameters") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, plain in (
-        ("hidden_act", found.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", bool(found.get("attention_bias", False)), False),
-        ("mlp_bias", bool(found.get("mlp_bias", False)), False),
-        ("rope_type (rope_scaling)", rope_type, "default"),
-        ("rope_interleaved", bool(found.get("rope_interleaved", False)), False),
-        ("partial_rotary_factor", rope.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0)), 1.0),
-    ):
-        if value != plain:
-            raise ConfigError(f"{uri}: {key} is {value!r}; only {plain!r} is supported. Choose another model.")
-
-
-def _describe(config: TransformerConfig, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
-    """What `config.json` says; `rope_theta` twice, for `transformers` before and from version 5."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "use_cache": True,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "dtype": {"F32": "float32", "BF16": "bfloat16"}[dtype],
-        "torch_dtype": {"F32": "float32", "BF16": "bfloat16"}[dtype],
-        **special,
-    }
 
 
 def _copy_tokenizer(source: str, folder: str) -> dict[str, int]:
@@ -327,11 +249,11 @@ def _weight_files(folder: str) -> list[str]:
     return [uri]
 
 
-def _read_header(uri: str) -> dict[str, TensorEntry]:
+def _read_header(uri: str) -> Iterable[tuple[str, TensorEntry]]:
     prefix = int.from_bytes(storage.read_range(uri, 0, PREFIX_BYTES), "little")
     if prefix > MAX_HEADER_BYTES:
         raise ConfigError(f"{uri} claims a header of {prefix} bytes: it is no safetensors file. Fetch it again.")
-    return parse_header(storage.read_range(uri, PREFIX_BYTES, prefix), uri)
+    return parse_header(storage.read_range(uri, PREFIX_BYTES, prefix), uri).items()
 
 
 def _to_bytes(tensor: Tensor, dtype: torch.dtype) -> memoryview:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.model import TransformerConfig
+from trainer.architecture import TransformerConfig
 
 __all__ = ["initial_tensor"]
 
@@ -22,8 +22,9 @@ _RESIDUAL_OUTPUTS = (".attention.out.weight", ".feed_forward.down.weight")
 def initial_tensor(name: str, shape: tuple[int, ...], seed: int, config: TransformerConfig) -> Tensor:
     """The initial value of one parameter.
 
-    Norms start at 1. Matrices are normal with `init_std`; those that write into the residual stream are scaled by
-    1 / sqrt(2 · num_layers) (Radford et al. 2019, section 2.3).
+    Norms start at 1, biases at 0. Matrices are normal with `init_std`; those that write into the residual stream are
+    scaled by 1 / sqrt(2 · num_layers) where nothing normalises it on the way (Radford et al. 2019, section 2.3). Of an
+    adapter, B is 0 and A uniform within 1 / sqrt(in), as `peft` draws it, so that it begins by changing nothing.
 
     Args:
         name: canonical name.
@@ -34,11 +35,20 @@ def initial_tensor(name: str, shape: tuple[int, ...], seed: int, config: Transfo
     Returns:
         A new fp32 tensor on the CPU.
     """
+    if name.endswith(".lora_b"):
+        return torch.zeros(shape)
     if len(shape) == 1:
-        return torch.ones(shape)
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
     std = config.init_std
-    if name.endswith(_RESIDUAL_OUTPUTS):
+    if config.norm_place == "before" and name.endswith(_RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * config.num_layers)
+    draw = _generator(seed, name)
+    if name.endswith(".lora_a"):
+        bound = 1 / math.sqrt(shape[1])
+        return torch.from_numpy(draw.random(shape, dtype=np.float32)).mul_(2 * bound).sub_(bound)
+    return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32)).mul_(std)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
     key = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest(), "little")
-    values = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(values).mul_(std)
+    return np.random.Generator(np.random.Philox(key=key))

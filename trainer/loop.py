@@ -4,26 +4,35 @@ Owns the order of things in a step and when to evaluate, to write a checkpoint a
 loop and takes the same turns, because each decision follows from the step number or from an agreement of all ranks.
 """
 
+import contextlib
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Literal
 
 from data_service.cursor import Cursor
+from trainer.adapters import Base, Lora, base_of, check_base, trained_shapes
 from trainer.agreement import NEVER, agree
 from trainer.batching import RowSource, count_tokens, micro_batches
-from trainer.checkpoint import load_ranges, write_part
+from trainer.checkpoint import load_ranges
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
 from trainer.deepspeed_engine import TrainEngine
-from trainer.errors import CheckpointIncompleteError, NonFiniteLossError
+from trainer.device_memory import peak_bytes
+from trainer.errors import CheckpointIncompleteError, LossSpikeError, NonFiniteLossError
 from trainer.evaluate import evaluate, perplexity
 from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
+from trainer.guard import Guard
 from trainer.manifest import EvalRecord, TrainState, read_manifest
-from trainer.model import TransformerConfig, parameter_shapes
-from trainer.optim import lr_at
-from trainer.protocol import EvalReport, FinishedReport, PartReport, RankHooks, StepReport, WorkerSpec
+from trainer.model import TransformerConfig
+from trainer.optim import lr_at, state_kinds
+from trainer.protocol import EvalReport, FinishedReport, RankHooks, Sample, StepReport, WorkerSpec
+from trainer.samples import generate_samples
+from trainer.saver import CheckpointSaver
+from trainer.tasks.base import Task
+from trainer.tracing import StepTracer
 
 __all__ = ["Rank", "load_state", "save", "train"]
 
@@ -40,8 +49,15 @@ class Rank:
     precision: Precision
     engine: TrainEngine
     client: RowSource
+    task: Task
     has_eval: bool
     """Whether a held-out split exists."""
+    guard: Guard
+    """Judges each step."""
+    lora: Lora | None = None
+    """The adapters that are trained, instead of the model."""
+    base: Base | None = None
+    """What they are trained on; known to the rank that reports."""
     step: int = 0
     """Optimizer steps done."""
 
@@ -49,6 +65,13 @@ class Rank:
     def reports(self) -> bool:
         """Whether this rank speaks for all: the last stage of dp index 0, where the loss is."""
         return self.spec.rank == self.engine.mesh.reporter
+
+    @property
+    def base_folder(self) -> str:
+        """The folder that adapters are trained on; their configuration needs one."""
+        folder = self.spec.model.from_
+        assert folder is not None
+        return folder
 
     @property
     def train_config(self) -> TrainConfig:
@@ -65,12 +88,14 @@ def load_state(rank: Rank) -> None:
     """
     spec, engine = rank.spec, rank.engine
     if spec.resume_step is None:
-        fill_initial(engine.views, spec.seed, rank.config, spec.model.from_)
+        if rank.lora is not None and rank.reports:
+            rank.base = base_of(rank.base_folder)
+        fill_initial((*engine.views, *engine.frozen), spec.seed, rank.config, spec.model.from_, rank.lora)
         engine.refresh(optimizer_steps=0)
         return
     manifest = read_manifest(spec.checkpoints_uri, spec.resume_step)
     state = manifest.state
-    if state.parameters != parameter_shapes(rank.config):
+    if state.parameters != trained_shapes(rank.config, rank.lora) or state.lora != rank.lora:
         raise CheckpointIncompleteError(
             f"Step {state.step} in {spec.checkpoints_uri} holds another model than the `model` section describes. "
             "Resume with the run's own configuration."
@@ -78,7 +103,13 @@ def load_state(rank: Rank) -> None:
     Cursor(state.plan_digest, state.consumed_batches).check(rank.client.plan("train"))
     fragments = load_ranges(spec.checkpoints_uri, manifest, wanted_ranges(engine.views))
     load_fragments(engine.views, fragments)
+    if state.base is not None and rank.reports:
+        rank.base = replace(state.base, folder=rank.base_folder)
+        check_base(rank.base)
+    fill_initial(engine.frozen, spec.seed, rank.config, spec.model.from_, rank.lora)
     engine.refresh(state.optimizer_steps)
+    engine.loss_scale = state.loss_scale
+    rank.guard = Guard(rank.train_config.guard, state.guard)
     rank.step = state.step
 
 
@@ -86,48 +117,66 @@ def train(rank: Rank) -> None:
     """Train from the loaded state to the last step, or to an agreed stop. A collective: every rank calls it.
 
     Raises:
-        NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike.
+        NonFiniteLossError: the loss or the gradient is not a number; raised on every rank alike, as is
+        LossSpikeError: the loss leapt.
         DataError: rows did not come, or were not the plan's.
     """
-    spec, engine, config = rank.spec, rank.engine, rank.train_config
+    with _saver(rank) as saver:
+        reason = _train(rank, saver)
+    rank.hooks.report(FinishedReport(rank.spec.rank, rank.step, reason))
+
+
+def _train(rank: Rank, saver: CheckpointSaver) -> Literal["steps", "stop"]:
+    """The steps; returns why they ended."""
+    engine, config = rank.engine, rank.train_config
     if rank.step == 0:
         _evaluate(rank)
     plan = rank.client.plan("train")
+    tracer = StepTracer(rank.spec.rank, engine.device)
     slots = engine.layout.slots(engine.dp_index)
     stream = rank.client.stream("train", rank.step, config.steps, slots) if engine.consumes_rows else None
     stop_after = NEVER
     reason: Literal["steps", "stop"] = "steps"
     while rank.step < config.steps:
+        saver.check()
         wish = rank.hooks.control()
         if wish is not None:
             stop_after = min(stop_after, wish.step)
         began = time.perf_counter()
         rows = None if stream is None else next(stream)
         data_wait_s = time.perf_counter() - began
-        num_tokens = engine.global_tokens(0 if rows is None else count_tokens(rows))
-        batch = [] if rows is None else micro_batches(rows, engine.layout, num_tokens, engine.device)
+        held = (0, 0) if rows is None else (rank.task.count(rows), count_tokens(rows))
+        num_units, num_tokens = engine.global_sums(*held)
+        batch = [] if rows is None else micro_batches(rank.task, rows, engine.layout, num_units, engine.device)
         lr = lr_at(rank.step, config)
-        outcome = engine.train_step(batch, lr)
+        with tracer.step(rank.hooks.profile()):
+            outcome = engine.train_step(batch, lr, rank.guard.admits if rank.guard.skips else None)
         rank.step += 1
         agreed = agree(engine, rows, rank.step, stop_after)
         step_s = time.perf_counter() - began
-        if not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm)):
-            raise NonFiniteLossError(
-                f"Step {rank.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}. "
-                "Lower train.optimizer.lr, or lengthen train.schedule.warmup_steps."
-            )
+        batch_number = plan.batch_at(rank.step - 1)
+        skipped = rank.guard.record(
+            rank.step,
+            batch_number,
+            outcome.loss,
+            outcome.grad_norm,
+            counted=num_units > 0,
+            overflowed=outcome.overflowed,
+        )
         if rank.reports:
             rank.hooks.report(
                 StepReport(
                     step=rank.step,
-                    batch=plan.batch_at(rank.step - 1),
-                    loss=outcome.loss if num_tokens else None,
+                    batch=batch_number,
+                    loss=outcome.loss if num_units and math.isfinite(outcome.loss) else None,
                     tokens=num_tokens,
                     sample_hash=agreed.sample_hash,
                     lr=lr,
-                    grad_norm=outcome.grad_norm,
+                    grad_norm=outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
                     step_s=step_s,
                     data_wait_s=data_wait_s,
+                    memory_bytes=peak_bytes(engine.device),
+                    skipped=skipped,
                 )
             )
         if rank.hooks.wants_snapshot(rank.step):
@@ -138,36 +187,64 @@ def train(rank: Rank) -> None:
         if last or (config.eval.every and rank.step % config.eval.every == 0 and not stopping):
             evaluation = _evaluate(rank)
         if last or stopping or rank.step % config.checkpoint.every == 0:
-            save(rank, evaluation)
+            save(rank, saver, evaluation)
         if stopping:
             reason = "stop"
             break
-    rank.hooks.report(FinishedReport(spec.rank, rank.step, reason))
+    tracer.end()
+    return reason
 
 
-def save(rank: Rank, evaluation: EvalRecord | None) -> None:
-    """Write this rank's part of a checkpoint and report it; the controller commits."""
-    began = time.perf_counter()
-    spec = rank.spec
-    fragments = read_fragments(rank.engine.views)
-    receipt = write_part(spec.checkpoints_uri, rank.step, spec.attempt, spec.rank, fragments)
+def save(rank: Rank, saver: CheckpointSaver, evaluation: EvalRecord | None) -> None:
+    """Begin to write this rank's part of a checkpoint; once durable it is reported, and the controller commits."""
     state = _train_state(rank, evaluation) if rank.reports else None
-    rank.hooks.report(PartReport(rank.step, spec.rank, receipt, state, time.perf_counter() - began))
+    saver.save(rank.step, list(read_fragments(rank.engine.views)), state)
+
+
+@contextlib.contextmanager
+def _saver(rank: Rank) -> Iterator[CheckpointSaver]:
+    """The rank's saver. Its last save is durable when the block ends well, or with a loss that all ranks agree on."""
+    spec, engine = rank.spec, rank.engine
+    asynchronous = rank.train_config.checkpoint.asynchronous
+    saver = CheckpointSaver(
+        spec.checkpoints_uri, spec.attempt, spec.rank, engine.device, rank.hooks.report, asynchronous=asynchronous
+    )
+    saver.reserve(sum(one.numel for one in read_fragments(engine.views)))
+    engine.before_update(saver.fence)
+    try:
+        yield saver
+    except (NonFiniteLossError, LossSpikeError):
+        saver.wait()
+        raise
+    saver.wait()
+    saver.close()
 
 
 def _evaluate(rank: Rank) -> EvalRecord | None:
     if not rank.has_eval:
         return None
-    found = evaluate(rank.engine, rank.client, rank.train_config.eval.max_batches)
+    found = evaluate(rank.engine, rank.task, rank.client, rank.train_config.eval.max_batches)
     if not math.isfinite(found.loss):
         raise NonFiniteLossError(
             f"Step {rank.step}: the evaluation loss is {found.loss}. Lower train.optimizer.lr, or resume from an "
             "earlier step."
         )
-    record = EvalRecord(found.loss, perplexity(found.loss), found.tokens)
+    task = rank.task
+    record = EvalRecord(
+        found.loss, perplexity(found.loss), found.tokens, found.metrics, metric=task.metric, better=task.better
+    )
+    samples = _samples(rank)
     if rank.reports:
-        rank.hooks.report(EvalReport(rank.step, record.loss, record.perplexity, record.tokens))
+        rank.hooks.report(EvalReport(rank.step, **asdict(record), samples=samples))
     return record
+
+
+def _samples(rank: Rank) -> tuple[Sample, ...]:
+    """What the model writes now; nothing where it is no causal language model. A collective."""
+    wishes = rank.spec.samples
+    if wishes is None or rank.task.num_labels or not rank.config.causal:
+        return ()
+    return generate_samples(rank.engine, rank.task, rank.client, wishes, rank.spec.seq_len)
 
 
 def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
@@ -176,7 +253,7 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
     cursor = Cursor.of(plan, rank.step)
     return TrainState(
         step=rank.step,
-        optimizer_steps=rank.step,
+        optimizer_steps=rank.step - rank.guard.state.skipped,
         plan_digest=cursor.plan_digest,
         consumed_batches=cursor.consumed_batches,
         dataset_digest=plan.dataset_digest,
@@ -188,8 +265,15 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         zero_stage=spec.train.zero.stage,
         precision=rank.precision,
         model=asdict(rank.config),
-        parameters=parameter_shapes(rank.config),
+        parameters=trained_shapes(rank.config, rank.lora),
         config={},  # a rank does not know it; who commits fills it in
         versions={name: metadata.version(name) for name in _PACKAGES},
+        kinds=state_kinds(spec.train.optimizer),
         evaluation=evaluation,
+        guard=rank.guard.state,
+        loss_scale=rank.engine.loss_scale,
+        task=spec.train.task,
+        labels=spec.facts.labels if rank.task.num_labels else (),
+        lora=rank.lora,
+        base=rank.base,
     )

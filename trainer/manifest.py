@@ -2,22 +2,26 @@
 
 A step's folder `step_00000400/` holds parts that ranks wrote under `attempt_K/`, and `manifest.json`. A step without a
 manifest does not exist. Only the controller commits a manifest, once every part's receipt is in and together they cover
-every parameter exactly once; the first commit of a step stands, whatever other attempts write. Values are read by
-`trainer.checkpoint`. No torch here, so that the controller may import it.
+every parameter exactly once; the first commit of a step stands, whatever other attempts write, unless a later attempt
+had shut its writer out (`trainer.fences`). Values are read by `trainer.checkpoint`. No torch here, so that the
+controller may import it.
 """
 
+import contextlib
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from data_service import storage
+from trainer.adapters import Base, Lora
 from trainer.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -25,7 +29,9 @@ from trainer.errors import (
     CommitLostError,
     ManifestInvalidError,
 )
+from trainer.fences import read_fences
 from trainer.fragments import BYTES_PER_ELEMENT, KINDS, Kind, coverage_problems
+from trainer.guard import GuardState, LossScale
 from trainer.parts import (
     CHUNK_BYTES,
     PartReceipt,
@@ -48,10 +54,10 @@ __all__ = [
     "StoredRange",
     "TrainState",
     "commit",
-    "kept_steps",
     "list_complete",
+    "list_steps",
+    "manifest_uri",
     "newest_complete",
-    "prune",
     "read_manifest",
     "step_folder",
     "verify",
@@ -62,6 +68,9 @@ MANIFEST_VERSION = 1
 _LOG = logging.getLogger(__name__)
 _MANIFEST = "manifest.json"
 _REJECTED = "manifest.rejected.json"
+_BEGIN = re.compile(rb'\{"step":\d+,"attempt":(\d+),')
+_BEGIN_BYTES = 64
+_COMMIT_TRIES = 3
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -72,6 +81,12 @@ class EvalRecord:
     loss: float
     perplexity: float
     tokens: int
+    """Units that the loss is the mean of: tokens, or rows of a classification."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The task's own metrics, by name."""
+    metric: str = "loss"
+    """What says which checkpoint is best: `loss`, or one of `metrics`."""
+    better: Literal["lower", "higher"] = "lower"
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,8 @@ class TrainState:
     pp: int
     zero_stage: int
     precision: str
-    model: dict[str, int | float | bool]
-    """The fields of `trainer.model.TransformerConfig`."""
+    model: dict[str, JsonValue]
+    """The fields of the model's `TransformerConfig`."""
     parameters: dict[str, tuple[int, ...]]
     """Canonical name to shape of every trained parameter (`trainer.model.parameter_shapes`)."""
     config: dict[str, JsonValue]
@@ -104,6 +119,18 @@ class TrainState:
     kinds: tuple[Kind, ...] = KINDS
     """What is stored of each parameter."""
     evaluation: EvalRecord | None = None
+    guard: GuardState = GuardState()
+    """What decides whether coming steps are skipped."""
+    loss_scale: LossScale | None = None
+    """Of fp16; None for other precisions."""
+    task: str = "causal_lm"
+    """What was learned (`train.task`)."""
+    labels: tuple[str, ...] = ()
+    """Names of a classifier's classes in the order of their numbers."""
+    lora: Lora | None = None
+    """The adapters, where they are what was trained; `parameters` are theirs."""
+    base: Base | None = None
+    """What adapters were trained on; frozen weights are in no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +198,8 @@ def commit(
     Raises:
         CheckpointIncompleteError: receipts do not belong to this step and attempt, do not cover every element of every
             kind exactly once, or a part is not where its receipt says.
-        CommitLostError: another attempt, or other content, was committed first.
+        CommitLostError: another attempt, or other content, was committed first; or a later attempt has begun from an
+            earlier step.
     """
     manifest = Manifest(step, attempt, state, tuple(sorted(receipts, key=lambda receipt: receipt.rank)))
     step_uri = storage.join(checkpoints_uri, step_folder(step))
@@ -181,21 +209,28 @@ def commit(
             f"Step {step}, attempt {attempt} cannot be committed: {_some(problems)}. It does not exist; "
             "the run goes on from an older one."
         )
-    uri, text = storage.join(step_uri, _MANIFEST), manifest.to_json().encode()
-    if storage.put_if_absent(uri, text):
-        return manifest
-    try:
-        standing = read_manifest(checkpoints_uri, step)
-        if standing.to_json() == manifest.to_json():  # ours: a put was repeated after its answer got lost
-            return manifest
-        verify(checkpoints_uri, step)
-    except CheckpointError as error:
-        _LOG.warning("Step %d has a manifest that cannot be used; it is replaced: %s", step, error)
-        storage.write_bytes(storage.join(step_uri, _REJECTED), storage.read_bytes(uri))
-        storage.remove_file(uri)
+    _refuse_shut_out(checkpoints_uri, manifest)
+    uri, text = manifest_uri(checkpoints_uri, step), manifest.to_json().encode()
+    for _ in range(_COMMIT_TRIES):
         if storage.put_if_absent(uri, text):
+            _refuse_shut_out(checkpoints_uri, manifest)  # a mark that came meanwhile rules out what was put
             return manifest
-        standing = read_manifest(checkpoints_uri, step)
+        try:
+            standing = read_manifest(checkpoints_uri, step)
+            if standing.to_json() == manifest.to_json():  # ours: a put was repeated after its answer got lost
+                return manifest
+            verify(checkpoints_uri, step)
+            break
+        except CheckpointError as error:
+            _LOG.warning("Step %d has a manifest that cannot be used; it is replaced: %s", step, error)
+            with contextlib.suppress(FileNotFoundError):
+                storage.write_bytes(storage.join(step_uri, _REJECTED), storage.read_bytes(uri))
+            storage.remove_file(uri)
+    else:
+        raise CommitLostError(
+            f"Attempt {attempt} asked to commit step {step}, where others put manifests that cannot be used each time "
+            "one is taken away. End the other controllers of this run."
+        )
     raise CommitLostError(
         f"Attempt {attempt} asked to commit step {step}, which attempt {standing.attempt} has committed. What is there "
         "stands; go on from it, or with a higher step."
@@ -203,8 +238,10 @@ def commit(
 
 
 def list_complete(checkpoints_uri: str) -> list[int]:
-    """Steps that have a manifest, ascending. Whether it can be used is `verify`'s to say."""
-    return [step for step in _list_steps(checkpoints_uri) if storage.exists(_manifest_uri(checkpoints_uri, step))]
+    """Steps that have a manifest which counts, ascending. Whether it can be used is `verify`'s to say."""
+    fences = read_fences(checkpoints_uri)
+    found = ((step, _attempt_of(checkpoints_uri, step)) for step in list_steps(checkpoints_uri))
+    return [step for step, attempt in found if attempt is not None and fences.shut_out(attempt, step) is None]
 
 
 def read_manifest(checkpoints_uri: str, step: int) -> Manifest:
@@ -214,7 +251,7 @@ def read_manifest(checkpoints_uri: str, step: int) -> Manifest:
         CheckpointIncompleteError: the step was not committed.
         ManifestInvalidError: what is there is no manifest of this step, or contradicts itself.
     """
-    uri = _manifest_uri(checkpoints_uri, step)
+    uri = manifest_uri(checkpoints_uri, step)
     try:
         manifest = Manifest.from_json(storage.read_bytes(uri))
     except FileNotFoundError as error:
@@ -229,6 +266,12 @@ def read_manifest(checkpoints_uri: str, step: int) -> Manifest:
         problems.append(f"it is the manifest of step {manifest.step}")
     if problems:
         raise ManifestInvalidError(f"{uri} contradicts itself: {_some(problems)}. Use another step.")
+    mark = read_fences(checkpoints_uri).shut_out(manifest.attempt, step)
+    if mark is not None:
+        raise CheckpointIncompleteError(
+            f"{uri} was put by attempt {manifest.attempt} behind the back of attempt {mark[0]}, which had gone on from "
+            f"step {mark[1]}: it does not count. Use another step."
+        )
     return manifest
 
 
@@ -257,87 +300,55 @@ def verify(checkpoints_uri: str, step: int, deep: bool = True) -> Manifest:
     return manifest
 
 
-def newest_complete(checkpoints_uri: str, deep: bool = True) -> tuple[Manifest | None, list[Skipped]]:
+def newest_complete(
+    checkpoints_uri: str, deep: bool = True, trusted: Collection[int] = ()
+) -> tuple[Manifest | None, list[Skipped]]:
     """The newest step that can be loaded.
 
     Args:
         checkpoints_uri: the run's checkpoints.
         deep: as of `verify`. Ranks verify what they load in any case; without it a damaged byte shows only there.
+        trusted: steps of which it is enough to see that all parts are there in full length.
 
     Returns:
         Its manifest, or None when no step can be loaded; and the newer steps that were passed over, with reasons.
     """
     skipped: list[Skipped] = []
-    for step in reversed(_list_steps(checkpoints_uri)):
+    for step in reversed(list_steps(checkpoints_uri)):
         try:
-            return verify(checkpoints_uri, step, deep), skipped
+            return verify(checkpoints_uri, step, deep and step not in trusted), skipped
         except CheckpointError as error:
             skipped.append(Skipped(step, str(error)))
     return None, skipped
 
 
-def kept_steps(complete: Iterable[int], losses: Mapping[int, float], keep_last: int, keep_best: int) -> set[int]:
-    """Which steps the retention rule keeps: the newest `keep_last`, and beside them the `keep_best` with lowest loss.
-
-    Args:
-        complete: committed steps.
-        losses: evaluation loss of those that were evaluated.
-        keep_last: at least 1.
-        keep_best: how many more to keep; among equal losses the newer.
-    """
-    newest_first = sorted(set(complete), reverse=True)
-    last = newest_first[:keep_last]
-    best = sorted((step for step in newest_first[keep_last:] if step in losses), key=lambda step: (losses[step], -step))
-    return {*last, *best[:keep_best]}
-
-
-def prune(checkpoints_uri: str, keep: set[int], *, newest: int) -> list[int]:
-    """Delete steps that are not kept, half-written ones among them.
-
-    A manifest goes first, so that a prune cut short leaves no checkpoint that only looks whole. In committed steps that
-    stay, parts of attempts that were not committed are deleted too.
-
-    Args:
-        checkpoints_uri: the run's checkpoints.
-        keep: steps to keep, chosen among those up to `newest`.
-        newest: the step that was just committed. It is never deleted. What lies above it is left alone: a save under
-            way, or a damaged step that the run passed over and will write again.
-
-    Returns:
-        The deleted steps.
-    """
-    complete = [step for step in list_complete(checkpoints_uri) if step <= newest]
-    doomed = [step for step in _list_steps(checkpoints_uri) if step not in keep and step < newest]
-    for step in doomed:
-        storage.remove_file(_manifest_uri(checkpoints_uri, step))
-        storage.remove_tree(storage.join(checkpoints_uri, step_folder(step)))
-    for step in complete:
-        if step not in doomed:
-            _remove_other_attempts(checkpoints_uri, step)
-    return doomed
-
-
-def _remove_other_attempts(checkpoints_uri: str, step: int) -> None:
-    step_uri = storage.join(checkpoints_uri, step_folder(step))
-    leftovers = [name for name in storage.list_names(step_uri) if name.startswith("attempt_")]
-    if len(leftovers) < 2:
-        return
-    try:
-        committed = read_manifest(checkpoints_uri, step).attempt
-    except CheckpointError as error:
-        _LOG.warning("Step %d keeps all its attempts: %s", step, error)
-        return
-    for name in leftovers:
-        if name != f"attempt_{committed}":
-            storage.remove_tree(storage.join(step_uri, name))
-
-
-def _manifest_uri(checkpoints_uri: str, step: int) -> str:
+def manifest_uri(checkpoints_uri: str, step: int) -> str:
+    """Where the manifest of a step lies, or would."""
     return storage.join(checkpoints_uri, step_folder(step), _MANIFEST)
 
 
-def _list_steps(checkpoints_uri: str) -> list[int]:
-    """Steps that have a folder, ascending."""
+def _attempt_of(checkpoints_uri: str, step: int) -> int | None:
+    """The attempt that a manifest names, from its first bytes; None without a manifest, all attempts if unreadable."""
+    try:
+        begin = storage.read_range(manifest_uri(checkpoints_uri, step), 0, _BEGIN_BYTES)
+    except FileNotFoundError:
+        return None
+    found = _BEGIN.match(begin)
+    return sys.maxsize if found is None else int(found[1])
+
+
+def _refuse_shut_out(checkpoints_uri: str, manifest: Manifest) -> None:
+    """Raise CommitLostError where a later attempt has begun from an earlier step."""
+    mark = read_fences(checkpoints_uri).shut_out(manifest.attempt, manifest.step)
+    if mark is not None:
+        raise CommitLostError(
+            f"Attempt {manifest.attempt} asked to commit step {manifest.step}, and attempt {mark[0]} has gone on from "
+            f"step {mark[1]} meanwhile: another controller has taken the run over. This one ends."
+        )
+
+
+def list_steps(checkpoints_uri: str) -> list[int]:
+    """Steps that have a folder, ascending; half-written ones are among them."""
     found = (_STEP_FOLDER.fullmatch(name) for name in storage.list_names(checkpoints_uri))
     return sorted(int(matched[1]) for matched in found if matched is not None)
 

@@ -4,12 +4,14 @@ A part is one safetensors file that one rank of one attempt wrote; `trainer.chec
 torch here, so that a controller can verify a checkpoint.
 """
 
-import zlib
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
+
+from zlib_ng.zlib_ng import crc32  # the same CRC-32 as zlib's, at three times the speed
 
 from data_service import storage
 from trainer.errors import CheckpointCorruptError
@@ -33,7 +35,7 @@ CHUNK_BYTES = 4 << 20
 """Bytes under one checksum. Part of the format: changing it needs a new manifest version."""
 
 _CHUNK_ELEMENTS = CHUNK_BYTES // BYTES_PER_ELEMENT
-_SLICE_CHUNKS = 4
+_SLICE_CHUNKS = 2
 """Most chunks of a slice."""
 _READ_BYTES = _SLICE_CHUNKS * CHUNK_BYTES
 """Most bytes that are read at once into one buffer."""
@@ -113,7 +115,7 @@ def part_file(attempt: int, rank: int) -> str:
 
 def checksums(data: memoryview) -> tuple[int, ...]:
     """CRC-32 of each chunk of a range's bytes."""
-    return tuple(zlib.crc32(data[begin : begin + CHUNK_BYTES]) for begin in range(0, len(data), CHUNK_BYTES))
+    return tuple(crc32(data[begin : begin + CHUNK_BYTES]) for begin in range(0, len(data), CHUNK_BYTES))
 
 
 def plan_slices(file: str, stored: StoredRange, wanted: Range) -> Iterator[Slice]:
@@ -146,16 +148,33 @@ def group_slices(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
 def read_slices(step_uri: str, group: list[Slice]) -> list[memoryview]:
     """The wanted bytes of each slice of a group, by one read; all chunks that they touch are verified.
 
+    Returns:
+        Writable views of one buffer.
+
     Raises:
         CheckpointCorruptError: the file is gone or too short, or a checksum differs.
     """
     uri = storage.join(step_uri, group[0].file)
     begin, end = group[0].begin, max(part.end for part in group)
     try:
-        data = memoryview(storage.read_range(uri, begin, end - begin))
+        data = _read(uri, begin, end - begin)
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{uri} is gone, but its manifest names it. Resume from another step.") from error
     return [_verified(uri, part, data[part.begin - begin : part.end - begin]) for part in group]
+
+
+def _read(uri: str, begin: int, length: int) -> memoryview:
+    """A range of a file in a buffer of its own, shorter where the file ends."""
+    if not storage.is_local(uri):
+        return memoryview(bytearray(storage.read_range(uri, begin, length)))
+    # unlike memory of the allocator it goes back to the system as soon as it is dropped
+    buffer = memoryview(mmap.mmap(-1, length))
+    with storage.local_path(uri).open("rb", buffering=0) as file:
+        file.seek(begin)
+        filled = 0
+        while filled < length and (count := file.readinto(buffer[filled:])):
+            filled += count
+    return buffer[:filled]
 
 
 def _verified(uri: str, part: Slice, data: memoryview) -> memoryview:

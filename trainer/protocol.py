@@ -6,7 +6,7 @@ A rank is `trainer.worker.run(spec, hooks)`; everything it says goes through `Ra
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ from data_service.access import DataAccess
 from data_service.errors import ConfigError
 from trainer.config import ModelConfig, TrainConfig
 from trainer.manifest import PartReceipt, TrainState
+from trainer.tasks.facts import TaskFacts
 
 if TYPE_CHECKING:
     from trainer.fragments import Fragment
@@ -25,15 +26,32 @@ __all__ = [
     "FinishedReport",
     "NoHooks",
     "PartReport",
+    "ProfileSteps",
     "RankHooks",
     "ReadyReport",
     "Report",
+    "Sample",
+    "SampleWishes",
     "StepReport",
     "StopAfter",
     "WorkerSpec",
     "report_from_json",
     "report_to_json",
 ]
+
+
+@dataclass(frozen=True)
+class SampleWishes:
+    """What a language model continues at each evaluation."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids to continue; with none, the beginnings of held-out rows."""
+    count: int
+    """Held-out rows to continue where there are no prompts."""
+    prompt_tokens: int
+    """Tokens of a held-out row that are given."""
+    max_tokens: int
+    """Tokens to generate."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +84,14 @@ class WorkerSpec:
     checkpoints_uri: str
     resume_step: int | None
     """The committed checkpoint to go on from; None starts from initial weights."""
+    facts: TaskFacts = TaskFacts()
+    """What the task knows of the dataset."""
     threads: int = 1
     """CPU threads of torch in this rank."""
     interface: str | None = None
     """Network interface for collectives (`lo` on one machine); None leaves the choice to the backend."""
+    samples: SampleWishes | None = None
+    """What to generate at each evaluation; None for nothing."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -97,6 +119,12 @@ class ReadyReport:
     rank: int
     phases: dict[str, float]
     """Seconds spent in `import`, `process_group`, `engine` and `load`."""
+    device_name: str = ""
+    """What the driver calls the rank's GPU; empty on CPUs."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the weights that compute."""
+    flops_per_token: float = 0.0
+    """What the whole model needs for a token, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -108,18 +136,31 @@ class StepReport:
     batch: int
     """Absolute number of the global batch that it consumed (`Plan.batch_at`)."""
     loss: float | None
-    """Mean token loss over the valid tokens of the global batch, before the update; None where it has none."""
+    """Mean loss over what counts in the global batch (tokens, or the task's other units), before the update; None where
+    nothing does."""
     tokens: int
-    """Valid tokens in the global batch."""
+    """Tokens of the global batch that are no padding."""
     sample_hash: str
     """Hash of the rows that the ranks consumed, in global order."""
     lr: float
-    grad_norm: float
-    """L2 norm of the whole model's gradient before clipping."""
+    grad_norm: float | None
+    """L2 norm of the whole model's gradient before clipping; None where it is no finite number."""
     step_s: float
     """Seconds from the first row asked for to the update done."""
     data_wait_s: float
     """Seconds of those in which this rank waited for rows."""
+    memory_bytes: int = 0
+    """Most memory that this rank has held so far: the allocator's peak on GPUs, resident memory on CPUs."""
+    skipped: bool = False
+    """Whether the step made no update (`train.guard`, or an overflow of fp16)."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote after a prompt, as token ids: a rank has no tokenizer."""
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -128,10 +169,17 @@ class EvalReport:
 
     step: int
     loss: float
-    """Mean token loss."""
+    """Mean loss: of tokens, or of the task's other units."""
     perplexity: float
     tokens: int
-    """Valid tokens evaluated."""
+    """Valid tokens, or the task's other units, evaluated."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The task's own metrics, by name."""
+    samples: tuple[Sample, ...] = ()
+    """Greedy continuations, for language models."""
+    metric: str = "loss"
+    """What says which checkpoint is best: `loss`, or one of `metrics`."""
+    better: Literal["lower", "higher"] = "lower"
 
 
 @dataclass(frozen=True)
@@ -144,7 +192,9 @@ class PartReport:
     state: TrainState | None
     """What the manifest records beside the fragments; the reporter rank fills it, all but its `config`."""
     write_s: float = 0.0
-    """Seconds the rank stood still for it."""
+    """Seconds the rank stood still for it: waiting for the save before, copying, and the GPU's wait for the copy."""
+    total_s: float = 0.0
+    """Seconds until the part was durable."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +230,28 @@ class StopAfter:
     step: int
 
 
+@dataclass(frozen=True)
+class ProfileSteps:
+    """Ask a rank to trace its next optimizer steps with torch's profiler, once for each `number`."""
+
+    number: int
+    """Of the request; a rank takes a number it has seen for the same request."""
+    steps: int
+    uri: str
+    """Folder for the traces, `rank_00000.json.gz` each."""
+
+
 class RankHooks(Protocol):
-    """What a rank calls. All calls come from the rank's main thread."""
+    """What a rank calls, from its main thread; `report` also from the thread that writes checkpoints."""
 
     def report(self, report: Report) -> None:
-        """Take a report; it must not block for long."""
+        """Take a report; it must not block for long. A `PartReport` may come while another report is taken."""
 
     def control(self) -> StopAfter | None:
         """Asked once before each step; None lets the rank go on."""
+
+    def profile(self) -> ProfileSteps | None:
+        """Asked once before each step; the newest request there is, None without any."""
 
     def snapshot(self, step: int, fragments: "Sequence[Fragment]") -> None:
         """Take the rank's fragments after a step; the memory is only valid during the call."""
@@ -204,6 +268,10 @@ class NoHooks:
 
     def control(self) -> StopAfter | None:
         """Never stop."""
+        return None
+
+    def profile(self) -> ProfileSteps | None:
+        """Never trace."""
         return None
 
     def snapshot(self, step: int, fragments: "Sequence[Fragment]") -> None:

@@ -4,6 +4,7 @@ Pure arithmetic over `trainer.model.layers`; loads no DeepSpeed, so that a plann
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -11,7 +12,23 @@ from torch import nn
 from data_service.errors import ConfigError
 from trainer.model import TransformerConfig, parameter_shapes
 
-__all__ = ["NamedParameter", "stage_bounds"]
+__all__ = ["LayerCosts", "NamedParameter", "stage_bounds"]
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What the layers of a model cost, in any one unit."""
+
+    embedding: float
+    block: float
+    head: float
+
+    @classmethod
+    def by_parameters(cls, config: TransformerConfig) -> Self:
+        """Elements of the matrices: multiplications per token. The embedding is a look-up and costs nothing."""
+        shapes = parameter_shapes(config)
+        block = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
+        return cls(0.0, float(block), float((config.num_labels or config.vocab_size) * config.d_model))
 
 
 @dataclass(frozen=True)
@@ -25,12 +42,13 @@ class NamedParameter:
     """False on the second copy of a tied matrix: the same numbers are written and clipped elsewhere."""
 
 
-def stage_bounds(config: TransformerConfig, num_stages: int) -> tuple[int, ...]:
-    """Where `layers(config)` is cut, so that the dearest stage is as cheap as can be.
+def stage_bounds(config: TransformerConfig, num_stages: int, costs: LayerCosts | None = None) -> tuple[int, ...]:
+    """Where `layers(config)` is cut, so that the dearest stage is as cheap as can be. Every stage gets a block.
 
-    A layer costs its matrix parameters (multiplications per token); the embedding is a look-up and costs nothing, the
-    head costs V · D. Every stage gets a block, because a stage without norms would lack a parameter group, and
-    DeepSpeed's norm over groups would wait for ever.
+    Args:
+        config: shape of the model.
+        num_stages: pipeline stages.
+        costs: of the layers; by default `LayerCosts.by_parameters`.
 
     Returns:
         `num_stages + 1` indices into `layers(config)`, from 0 to its length.
@@ -43,18 +61,16 @@ def stage_bounds(config: TransformerConfig, num_stages: int) -> tuple[int, ...]:
             f"train.parallel.pp={num_stages} with model.num_layers={config.num_layers}: a stage needs a block. "
             f"Set train.parallel.pp to {config.num_layers} or less."
         )
-    head_cost = config.vocab_size * config.d_model
-    shapes = parameter_shapes(config)
-    block_cost = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
+    costs = costs or LayerCosts.by_parameters(config)
     # best[s][b]: least possible cost of the dearest of s stages that hold the first b blocks, and its last cut.
     infinite = float("inf")
     best: list[list[tuple[float, int]]] = [[(infinite, 0)] * (config.num_layers + 1) for _ in range(num_stages + 1)]
     best[0][0] = (0.0, 0)
     for stage in range(1, num_stages + 1):
-        extra = head_cost if stage == num_stages else 0
+        extra = (costs.embedding if stage == 1 else 0.0) + (costs.head if stage == num_stages else 0.0)
         for stop in range(stage, config.num_layers + 1):
             best[stage][stop] = min(
-                (max(best[stage - 1][start][0], (stop - start) * block_cost + extra), start)
+                (max(best[stage - 1][start][0], (stop - start) * costs.block + extra), start)
                 for start in range(stage - 1, stop)
             )
     cuts = [config.num_layers]

@@ -1,7 +1,7 @@
 """Moves committed checkpoints out of a run's way, so that it goes on from an older one. Nothing saved is deleted.
 
 What is set aside lies in `superseded/` beside the steps, one folder for each step and attempt. It is a whole checkpoint
-still: moved back under its step's name it can be loaded again.
+still: moved back under its step's name, with `fences/` deleted, it can be loaded again.
 """
 
 from data_service import storage

@@ -71,8 +71,8 @@ def run(spec: WorkerSpec, hooks: RankHooks) -> None:
     try:
         with _named_failures(spec):
             rank = open_rank(spec, hooks, client)
-            from trainer.deepspeed_engine import close_process_group
             from trainer.loop import train
+            from trainer.process_group import close_process_group
 
             train(rank)
             close_process_group()
@@ -87,10 +87,15 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
         preload(spec.device)
         import torch
 
+        from trainer.adapters import Lora
         from trainer.deepspeed_config import resolve_precision
-        from trainer.deepspeed_engine import TrainEngine, open_process_group
+        from trainer.deepspeed_engine import TrainEngine
+        from trainer.guard import Guard, GuardState
         from trainer.loop import Rank, load_state
         from trainer.model import TransformerConfig
+        from trainer.process_group import open_process_group
+        from trainer.tasks.make import make_task
+        from trainer.throughput import flops_per_token
         from trainer.topology import BatchLayout, Mesh
     mesh = Mesh(spec.dp, spec.pp)
     if mesh.world_size != spec.world_size or not 0 <= spec.rank < spec.world_size:
@@ -113,15 +118,26 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
             spec.train.collective_timeout_s,
         )
     with _timed(phases, "engine"):
-        config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
+        task = make_task(spec.train, spec.facts)
+        config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len, task.num_labels)
+        lora = Lora.of(spec.train.lora, config)
         precision = resolve_precision(spec.train, spec.device)
         layout = BatchLayout(spec.train.global_batch, spec.dp, spec.pp, spec.train.micro_batch)
         device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
-        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision)
-    rank = Rank(spec, hooks, config, precision, engine, client, has_eval=_has_rows(client, "eval"))
+        costs = None
+        if spec.pp > 1 and spec.train.parallel.balance == "measured":
+            from trainer.layer_costs import agree_on_costs  # seldom asked for
+
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            again = spec.train.recompute == "blocks"
+            costs = agree_on_costs(config, layout.micro_batch, spec.seq_len, device, dtype, recompute=again)
+        engine = TrainEngine(spec.train, config, mesh, spec.rank, layout, device, precision, task, lora, costs)
+    guard = Guard(spec.train.guard, GuardState())
+    rank = Rank(spec, hooks, config, precision, engine, client, task, _has_rows(client, "eval"), guard, lora)
     with _timed(phases, "load"):
         load_state(rank)
-    hooks.report(ReadyReport(spec.rank, phases))
+    name = torch.cuda.get_device_name(device) if spec.device == "cuda" else ""
+    hooks.report(ReadyReport(spec.rank, phases, name, precision, flops_per_token(config, spec.seq_len)))
     return rank
 
 

@@ -1,4 +1,4 @@
-"""`stormjib plan FILE`: mesh, batch, stages, sizes and data of a run, before any slot is taken."""
+"""`stormjib plan FILE`: every legal layout of a run with memory, traffic and estimated speed; advice on the data."""
 
 import argparse
 import json
@@ -7,63 +7,178 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.commands.arguments import add_run_file, config_of
 from cluster.config import RunConfig
+from data_service.errors import ConfigError
 
 if TYPE_CHECKING:
     from data_service.manifest import DatasetManifest
     from data_service.plan import Plan
+    from trainer.planner.rows import PlanRow, PlanTask
 
 __all__ = ["add_arguments", "execute"]
 
+_SHOWN_ROWS = 12
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """FILE, overrides and --json."""
+    """FILE, overrides, what the devices are, and --json."""
     add_run_file(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--json", action="store_true", help="one JSON object with every row instead of text")
+    parser.add_argument("--all", action="store_true", help=f"show every row, not the best {_SHOWN_ROWS}")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="the GPU of the slots, for example H100; by default this machine's"
+    )
+    parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of one rank's device")
+    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="share of the peak that training reaches")
+    parser.add_argument("--measure", action="store_true", help="measure this CPU's peak with a matrix product")
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Print the plan."""
-    from trainer.deepspeed_config import resolve_precision
-    from trainer.model import TransformerConfig
-    from trainer.planner import plan_run
+    """Print the plan; exit 2 where the run does not fit."""
+    from cluster.chaining import peek_base
+    from cluster.planning import check_fits, plan_task
+    from trainer.planner.rows import plan_rows, row_of, wanted_setting
 
-    config = config_of(arguments)
+    config = peek_base(config_of(arguments))
     dataset = _prepared(config)
     vocab_size = _vocab_size(config) if dataset is None else dataset.vocab_size
+    task = plan_task(
+        config,
+        vocab_size,
+        _num_labels(config, dataset),
+        gpu=arguments.gpu,
+        memory_gib=arguments.memory_gib,
+        efficiency=arguments.efficiency,
+        measure=arguments.measure,
+    )
+    rows = plan_rows(task)
+    refusal: ConfigError | None = None
+    try:
+        chosen = check_fits(task)
+    except ConfigError as error:
+        refusal, chosen = error, row_of(task, wanted_setting(task))
     data = None if dataset is None else _data(config, dataset)
-    plan = plan_run(
-        config.train,
-        TransformerConfig.from_section(config.model, vocab_size, config.data.seq_len),
-        seq_len=config.data.seq_len,
-        slots=config.cluster.total_slots,
-        precision=resolve_precision(config.train, "cuda" if config.cluster.node.gpus else "cpu"),
-    )
+    advice = [] if dataset is None or data is None else _advice(config, dataset, task, data["epochs"])
     if arguments.json:
-        print(json.dumps({**asdict(plan), "vocab_size": vocab_size, "data": data}))
-        return 0
-    print(f"mesh: dp {plan.dp} x pp {plan.pp} on {plan.slots} slots, ZeRO {plan.zero_stage}, {plan.precision}")
-    print(f"model: {plan.parameters:,} parameters, vocabulary {vocab_size:,}")
+        told = {
+            "run": _as_json(chosen),
+            "rows": [_as_json(row) for row in rows],
+            "parameters": task.model.num_parameters,
+            "vocab_size": vocab_size,
+            "device": {"kind": task.device, "memory_bytes": task.memory_bytes, **asdict(task.speed)},
+            "precision": task.precision,
+            "data": data,
+            "advice": advice,
+            "refused": None if refusal is None else str(refusal),
+        }
+        print(json.dumps(told))
+        return 0 if refusal is None else refusal.exit_code
+    _print_run(task, chosen, vocab_size)
+    _print_rows(rows if arguments.all else rows[:_SHOWN_ROWS], len(rows))
+    _print_data(config, data)
+    for line in advice:
+        print(line)
+    if refusal is not None:
+        raise refusal
+    return 0
+
+
+def _print_run(task: "PlanTask", row: "PlanRow", vocab_size: int) -> None:
+    from cluster.planning import gib
+
+    setting, layout = row.setting, row.layout
     print(
-        f"step: {plan.tokens_per_step:,} tokens, {plan.num_micro_batches} micro-batches of {plan.micro_batch} rows a "
-        f"rank, {plan.masked_rows} masked rows, pipeline bubble {plan.bubble:.0%}"
+        f"mesh: dp {setting.dp} x pp {setting.pp} on {task.slots} slots, ZeRO {setting.zero_stage}, {task.precision}, "
+        f"{task.device}"
     )
-    for stage in plan.stages:
-        sizes = [stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes]
-        weights, gradients, optimizer = (f"{size / 2**20:,.1f} MiB" for size in sizes)
+    print(f"model: {task.model.family}, {task.model.num_parameters:,} parameters, vocabulary {vocab_size:,}")
+    print(
+        f"step: {task.train.global_batch * task.seq_len:,} tokens, {layout.num_micro_batches} micro-batches of "
+        f"{layout.micro_batch} rows a rank, {layout.num_slots - task.train.global_batch} masked rows, pipeline bubble "
+        f"{row.bubble:.0%}"
+    )
+    for one in row.memory:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in one.parts.items() if size >= 2**20)
+        host = f"; in host memory {gib(one.host_total)}" if one.host else ""
+        print(f"stage {one.stage}: a rank takes {gib(one.total)} at most (in the {one.moment}): {parts}{host}")
+    sent = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in row.traffic.items() if size)
+    print(f"traffic: a rank sends in a step {sent or 'nothing'}")
+    share = f"{task.speed.efficiency:.0%} of {task.speed.peak_flops / 1e12:,.3g} TFLOP/s"
+    print(
+        f"estimate: {row.step.tokens_per_s:,.0f} tokens/s at {share} a rank ({task.speed.source}); limited by "
+        f"{row.limit}"
+    )
+
+
+def _print_rows(rows: "list[PlanRow]", total: int) -> None:
+    print(f"rows: {len(rows)} of {total} legal, the fastest that fit first; speeds are estimates")
+    print(f"{'dp':>4} {'pp':>3} {'ZeRO':>4} {'micro':>5} {'recompute':>9} {'offload':>9} {'GiB':>8} {'bubble':>6} "
+          f"{'sent GiB':>8} {'tokens/s':>11}  limit")  # fmt: skip
+    for row in rows:
+        setting = row.setting
+        offload = "both" if setting.offload_parameters else "optimizer" if setting.offload_optimizer else "-"
+        sent = sum(row.traffic.values()) / 2**30
         print(
-            f"stage {stage.stage}: {stage.blocks} blocks; a rank keeps {weights} of weights, {gradients} of gradients, "
-            f"{optimizer} of optimizer states"
+            f"{setting.dp:>4} {setting.pp:>3} {setting.zero_stage:>4} {row.layout.micro_batch:>5} "
+            f"{'blocks' if setting.recompute else '-':>9} {offload:>9} {row.peak_bytes / 2**30:>8.2f} "
+            f"{row.bubble:>6.0%} {sent:>8.2f} {row.step.tokens_per_s:>11,.0f}  {row.limit}"
+            f"{'' if row.fits else ': does not fit'}"
         )
+
+
+def _print_data(config: RunConfig, data: dict[str, Any] | None) -> None:
     if data is None:
         print("data: not prepared yet; `stormjib prepare` tells rows and epochs")
-        return 0
+        return
     print(
         f"data: {data['rows']:,} rows of {config.data.seq_len:,} tokens, {data['batches']:,} global batches an epoch; "
         f"{config.train.steps:,} steps are {data['epochs']:.2f} epochs"
     )
     for name, epochs in data["sources"].items():
         print(f"source {name}: {epochs:.2f} epochs")
-    return 0
+
+
+def _as_json(row: "PlanRow") -> dict[str, Any]:
+    return {
+        "keys": row.keys(),
+        **asdict(row.setting),
+        "micro_batch": row.layout.micro_batch,
+        "num_micro_batches": row.layout.num_micro_batches,
+        "masked_rows": row.layout.num_slots - row.layout.global_batch,
+        "bubble": row.bubble,
+        "traffic_bytes": row.traffic,
+        "stages": [{**asdict(one), "total": one.total, "host_total": one.host_total} for one in row.memory],
+        "peak_bytes": row.peak_bytes,
+        "host_bytes": row.host_bytes,
+        "estimate": {**asdict(row.step), "step_s": row.step.step_s},
+        "fits": row.fits,
+        "limit": row.limit,
+    }
+
+
+def _advice(config: RunConfig, dataset: "DatasetManifest", task: "PlanTask", epochs: float) -> list[str]:
+    from trainer.planner.advice import DataFacts, advise
+
+    return advise(
+        DataFacts(
+            tokens=dataset.num_tokens("train"),
+            documents=dataset.num_documents("train"),
+            epochs=epochs,
+            labels=len(dataset.labels),
+            chats=dataset.loss_masks,
+            task=config.train.task,
+            family=task.model.family,
+            parameters=task.model.num_parameters,
+            pretrained=config.model.from_ is not None,
+            tokens_seen=config.train.steps * config.train.global_batch * config.data.seq_len,
+        )
+    )
+
+
+def _num_labels(config: RunConfig, dataset: "DatasetManifest | None") -> int:
+    """Classes of the head; before the dataset is prepared two stand for all, which changes next to nothing."""
+    if config.train.task != "text_classification":
+        return 0
+    return 2 if dataset is None else max(1, len(dataset.labels))
 
 
 def _prepared(config: RunConfig) -> "DatasetManifest | None":

@@ -5,6 +5,7 @@ import json
 from typing import Any, Literal
 
 from cluster.commands.arguments import add_run_file, config_of
+from cluster.evaluations import class_table, evaluation_line
 from cluster.folder_lock import holder
 from cluster.run_store import RunFolder
 from cluster.states import RunState
@@ -38,7 +39,10 @@ def execute(arguments: argparse.Namespace) -> int:
     if status["loss"] is not None:
         print(f"training loss {status['loss']:.4f} on dp {status['dp']} x pp {status['pp']}")
     for step, values in sorted(status["evals"].items(), key=lambda item: int(item[0])):
-        print(f"step {step}: held-out loss {values['loss']:.4f}, perplexity {values['perplexity']:.2f}")
+        print(evaluation_line(int(step), values))
+    if status["evals"]:
+        for line in class_table(status["evals"][max(status["evals"], key=int)]):
+            print(line)
     print(f"checkpoints: {', '.join(map(str, status['checkpoints'])) or 'none'}")
     print(f"recoveries: {len(status['recoveries'])}")
     if status["exported"]:

@@ -25,14 +25,15 @@ _ROWS_HINT = 8
 class PackedLinear(nn.Module):
     """`Linear` with its matrix in oneDNN's layout; inference only."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """Copy [out_features, in_features] into the blocked layout."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Copy [out_features, in_features] into the blocked layout; the bias stays as it is."""
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS_HINT)
+        self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply the last axis."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return out
 
 
@@ -43,21 +44,24 @@ def packing_works(dtype: torch.dtype) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 32, generator=generator).to(dtype)
+    bias = torch.randn(48, generator=generator).to(dtype)
     x = torch.randn(1, 3, 32, generator=generator).to(dtype)
     try:
         with torch.inference_mode():
-            found = PackedLinear(weight)(x)
+            found = PackedLinear(weight, bias)(x)
     except (AttributeError, NotImplementedError, RuntimeError) as cause:
         _LOG.warning("oneDNN's packed matrices are not usable here (%s); the plain product is slower", cause)
         return False
-    return torch.allclose(found.float(), F.linear(x.float(), weight.float()), atol=0.05 if dtype.itemsize < 4 else 1e-4)
+    return torch.allclose(
+        found.float(), F.linear(x.float(), weight.float(), bias.float()), atol=0.05 if dtype.itemsize < 4 else 1e-4
+    )
 
 
 def pack_linears(model: Transformer) -> nn.Module | None:
     """Replace every `Linear` of a CPU model in place; its plain matrices are freed.
 
     Returns:
-        The output matrix, packed, to be applied after `model.head.norm`; None where nothing was packed.
+        The output matrix, packed, to be applied after `model.head.normed`; None where nothing was packed.
     """
     weight = model.embedding.weight
     if weight.device.type != "cpu" or not packing_works(weight.dtype):
@@ -66,5 +70,5 @@ def pack_linears(model: Transformer) -> nn.Module | None:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is Linear:
-                    setattr(module, name, PackedLinear(child.weight))
-        return PackedLinear(weight if model.head.weight is None else model.head.weight)
+                    setattr(module, name, PackedLinear(child.weight, child.bias))
+        return PackedLinear(weight if model.head.weight is None else model.head.weight, model.head.bias)

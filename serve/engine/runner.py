@@ -76,5 +76,5 @@ class Runner:
     def _logits(self, hidden_BSD: Tensor) -> Tensor:
         if self._packed_head is None:
             return self.model.logits(hidden_BSD)
-        logits_BSV: Tensor = self._packed_head(self.model.head.norm(hidden_BSD))
+        logits_BSV: Tensor = self._packed_head(self.model.head.normed(hidden_BSD))
         return logits_BSV

@@ -1,12 +1,14 @@
 """What ranks of the tests run, beside `trainer.worker.run` itself. DeepSpeed is imported in the ranks only."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import psutil
@@ -15,10 +17,13 @@ from data_service.client import BatchSlice, DataClient
 from tests.helpers.ranks import QueueHooks
 from trainer import worker
 from trainer.fragments import KINDS, Kind
-from trainer.protocol import WorkerSpec
+from trainer.protocol import ProfileSteps, WorkerSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trainer.loop import Rank
+    from trainer.tasks.base import Outputs, Targets
 
 
 def be_rank(spec: WorkerSpec, hooks: QueueHooks) -> None:
@@ -69,10 +74,11 @@ def _same_on_both_ends(rank: "Rank", kind: Kind) -> bool:
 def load_and_save(spec: WorkerSpec, hooks: QueueHooks, target: str) -> None:
     """Load a checkpoint and write it to `target` at once."""
     from trainer.loop import save
+    from trainer.saver import CheckpointSaver
 
     with _opened(spec, hooks) as rank:
-        rank.spec = replace(spec, checkpoints_uri=target)
-        save(rank, None)
+        device = rank.engine.device
+        save(rank, CheckpointSaver(target, spec.attempt, spec.rank, device, hooks.report, asynchronous=False), None)
 
 
 class _Tampered:
@@ -103,17 +109,60 @@ def train_on_different_rows(spec: WorkerSpec, hooks: QueueHooks) -> None:
         train(worker.open_rank(spec, hooks, _Tampered(client, 2) if last else client))
 
 
+def train_on_poisoned_losses(spec: WorkerSpec, hooks: QueueHooks, poison: str) -> None:
+    """Train; the losses of some steps are multiplied.
+
+    Args:
+        spec: of the rank.
+        hooks: of the rank.
+        poison: JSON of step (as text) to factor.
+    """
+    from trainer.loop import train
+
+    factors = {int(step): float(factor) for step, factor in json.loads(poison).items()}
+    with _opened(spec, hooks) as rank:
+        task = rank.task
+        honest = task.loss
+
+        def poisoned(outputs: "Outputs", targets: "Targets") -> "Tensor":
+            training = torch.is_grad_enabled()
+            return honest(outputs, targets) * (factors.get(rank.step + 1, 1.0) if training else 1.0)
+
+        import torch
+
+        object.__setattr__(task, "loss", poisoned)
+        train(rank)
+
+
 class _DieAt:
     """Hooks that kill or freeze their own process when a step is done."""
 
     def __init__(self, hooks: QueueHooks, step: int, how: int) -> None:
         self._hooks, self._left, self._how = hooks, step, how
-        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+        self.report, self.profile = hooks.report, hooks.profile
+        self.snapshot, self.wants_snapshot = hooks.snapshot, hooks.wants_snapshot
 
     def control(self) -> None:
         if self._left == 0:
             os.kill(os.getpid(), self._how)
         self._left -= 1
+
+
+class _Traced:
+    """Hooks that ask for a trace of two steps from the start."""
+
+    def __init__(self, hooks: QueueHooks, uri: str) -> None:
+        self.report, self.control = hooks.report, hooks.control
+        self.snapshot, self.wants_snapshot = hooks.snapshot, hooks.wants_snapshot
+        self._request = ProfileSteps(1, 2, uri)
+
+    def profile(self) -> ProfileSteps:
+        return self._request
+
+
+def train_traced(spec: WorkerSpec, hooks: QueueHooks, uri: str) -> None:
+    """Train with a request for a trace that lies there from the start."""
+    worker.run(spec, _Traced(hooks, uri))
 
 
 def rank_1_is_killed(spec: WorkerSpec, hooks: QueueHooks) -> None:
@@ -124,6 +173,41 @@ def rank_1_is_killed(spec: WorkerSpec, hooks: QueueHooks) -> None:
 def rank_1_freezes(spec: WorkerSpec, hooks: QueueHooks) -> None:
     """Rank 1 stands still before its fourth step."""
     worker.run(spec, _DieAt(hooks, 3, signal.SIGSTOP) if spec.rank == 1 else hooks)
+
+
+@contextlib.contextmanager
+def _writes_wait(seconds: float) -> Iterator[None]:
+    """Parts of checkpoints are written and not yet published for so long."""
+    from trainer import checkpoint
+
+    publish = checkpoint.storage.publish
+
+    @contextlib.contextmanager
+    def waiting(uri: str) -> Iterator[BinaryIO]:
+        with publish(uri) as stream:
+            yield stream
+            stream.flush()
+            threading.Event().wait(seconds)
+
+    checkpoint.storage.publish = waiting
+    try:
+        yield
+    finally:
+        checkpoint.storage.publish = publish
+
+
+def train_with_slow_writes(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Train; each part takes long to become durable."""
+    with _writes_wait(0.4):
+        worker.run(spec, hooks)
+
+
+def rank_1_is_killed_in_a_save(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Rank 1 dies by SIGKILL before its fourth step; the part that it began after the second is not whole by then."""
+    if spec.rank == 1:
+        with _writes_wait(60.0):
+            worker.run(spec, _DieAt(hooks, 3, signal.SIGKILL))
+    worker.run(spec, hooks)
 
 
 def leave_no_traces(spec: WorkerSpec, hooks: QueueHooks, extensions: str) -> list[str]:
@@ -137,7 +221,8 @@ class _Listening:
     """Hooks that look, once training goes on, where their own process listens."""
 
     def __init__(self, hooks: QueueHooks) -> None:
-        self.report, self.snapshot, self.wants_snapshot = hooks.report, hooks.snapshot, hooks.wants_snapshot
+        self.report, self.profile = hooks.report, hooks.profile
+        self.snapshot, self.wants_snapshot = hooks.snapshot, hooks.wants_snapshot
         self.addresses: set[str] = set()
 
     def control(self) -> None:
@@ -159,3 +244,32 @@ def _opened(spec: WorkerSpec, hooks: QueueHooks) -> Iterator["Rank"]:
         yield worker.open_rank(spec, hooks, client)
     finally:
         client.close()
+
+
+def train_in_fp16_on_cpu(spec: WorkerSpec, hooks: QueueHooks) -> list[float]:
+    """Train with fp16, which is for GPUs: CPUs are slow at it, but they count the same. Returns the loss scales.
+
+    The scale begins high and doubles soon, so that gradients overflow now and then.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    from trainer import deepspeed_config
+    from trainer.loop import train
+
+    worker.preload("cpu")
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed_config.resolve_precision = lambda train, device: "fp16"
+    deepspeed_config._LOSS_SCALE_POWER, deepspeed_config._LOSS_SCALE_WINDOW = 16, 3
+    scales: list[float] = []
+    with _opened(spec, hooks) as rank:
+        step = rank.engine.train_step
+
+        def noted(*arguments: object) -> object:
+            done = step(*arguments)
+            assert rank.engine.loss_scale is not None
+            scales.append(rank.engine.loss_scale.scale)
+            return done
+
+        rank.engine.train_step = noted
+        train(rank)
+    return scales

@@ -60,6 +60,9 @@ class QueueHooks:
     def control(self) -> StopAfter | None:
         return None if self._stop_after is None else StopAfter(self._stop_after)
 
+    def profile(self) -> None:
+        return None
+
     def snapshot(self, step: int, fragments: Sequence[Any]) -> None:
         self.snapshots.append(step)
 

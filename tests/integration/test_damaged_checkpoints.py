@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.helpers.runs import ROOT, RunProcess, running, step_records, write_run
@@ -82,3 +83,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path: P
     assert "Traceback" not in ended.stderr
     assert {path: path.read_bytes() for path in kept} == kept
     assert Path(run.folder.metrics_uri).read_bytes() == metrics
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_damage_between_a_commit_and_a_loss_is_met_by_the_ranks(tmp_path: Path) -> None:
+    """What this process committed is not read whole again; the ranks find the damage, and the run goes on below it."""
+    every = ("train.checkpoint.every=60", "train.steps=170")
+    with running("train", write_run(tmp_path, train=TRAIN), *every) as run:
+        run.until(lambda: len(run.events("checkpoint_committed")) >= 2, "second checkpoint")
+        part = parts(run, 120)[0]
+        content = bytearray(part.read_bytes())
+        content[-5] ^= 1
+        part.write_bytes(content)
+        below = psutil.Process(run.process.pid).children(recursive=True)
+        next(one for one in below if one.name() == "rank-1").kill()
+        assert run.wait() == 0, run.output[-4000:]
+        starts = [event["resume_step"] for event in run.events("attempt_started")]
+        skipped = {event["step"]: event["reason"] for event in run.events("checkpoint_skipped")}
+        lost = [event["error"] for event in run.events("rank_lost")]
+        records = step_records(run.folder)
+    assert starts == [None, 120, 60]
+    assert part.name in skipped[120]
+    assert "CheckpointCorruptError" in lost
+    assert len(records) == 170
+    assert stormjib("checkpoint", "verify", str(tmp_path / "run.yaml")).returncode == 0, "step 120 was written again"

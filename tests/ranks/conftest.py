@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,14 @@ class Lab:
             interface="lo",
         )
 
+    def changed(self, case: Case, checkpoints: Path, resume_step: int | None = None, **keys: object) -> WorkerSpec:
+        """Rank 0's specification with some keys of `train` changed: a section's keys, or a value."""
+        spec = self.spec(case, checkpoints, resume_step)
+        values = spec.train.model_dump()
+        for name, value in keys.items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        return replace(spec, train=TrainConfig.model_validate(values))
+
     def checkpoints(self, case: Case) -> Path:
         """Where the reference run of a case writes."""
         return self.folder / f"reference-{case}"
@@ -100,9 +108,11 @@ class Lab:
         copy_step(self.checkpoints(source), folder, HALF)
         return self.run(self.spec(case, folder, resume_step=HALF)), folder
 
-    def run(self, spec: WorkerSpec, stop_after: dict[int, int] | None = None) -> Outcome:
+    def run(
+        self, spec: WorkerSpec, stop_after: dict[int, int] | None = None, program: Program | None = None
+    ) -> Outcome:
         """Run all ranks and commit what they wrote, as the controller does."""
-        outcome = self.server.run(self.program, specs_of(spec), stop_after)
+        outcome = self.server.run(program or self.program, specs_of(spec), stop_after)
         commit_all(spec, outcome)
         return outcome
 

@@ -22,7 +22,7 @@ from tests.helpers.row_service import row_service, served, write_corpus
 from tests.helpers.written_datasets import WrittenPart, random_documents, write_dataset
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, SEQ_LEN, Case, Lab
 from trainer.model import Transformer, TransformerConfig
-from trainer.optim import lr_at, make_optimizer
+from trainer.optim import group_parameters, lr_at, make_optimizer
 from trainer.protocol import WorkerSpec
 
 STEPS = 6
@@ -52,7 +52,7 @@ def _alone(spec: WorkerSpec, access: DataAccess) -> tuple[list[tuple[float, int]
     config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
     model = Transformer(config)
     initialise(model.named_parameters(), spec.seed, config)
-    optimizer = make_optimizer(model.named_parameters(), spec.train.optimizer)
+    optimizer = make_optimizer(group_parameters(model.named_parameters(), spec.train.optimizer), spec.train.optimizer)
     steps = []
     with contextlib.closing(DataClient(access)) as client:
         batches = client.plan("eval").num_batches

@@ -1,22 +1,16 @@
 """The same run on every mesh: losses, rows, gradient norms, tied copies."""
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch.nn import functional as F
 
-from data_service.client import DataClient
-from tests.helpers.initial_weights import initialise
+from tests.helpers.plain_loop import train_plainly
 from tests.helpers.rank_programs import train_and_compare_tied
 from tests.helpers.ranks import specs_of
 from tests.helpers.tiny_model import make_model_folder
-from tests.ranks.conftest import GLOBAL_BATCH, HALF, STEPS, Case, Lab
+from tests.ranks.conftest import HALF, STEPS, Case, Lab
 from trainer.fragments import KINDS
-from trainer.model import Transformer, TransformerConfig
-from trainer.optim import lr_at, make_optimizer
 
 ONE = Case(1, 1)
 MESHES = [
@@ -28,10 +22,16 @@ MESHES = [
     Case(2, 1, zero=0),
     Case(2, 1, zero=2),
     Case(3, 1, zero=2),
+    Case(1, 1, zero=3),
+    Case(2, 1, zero=3),
+    Case(3, 1, zero=3),
 ]
+"""A covering part of ZeRO 0 to 3 on dp 1 to 3, and of ZeRO 1 on dp 1 and 2 with pp 2 and 4; the rest is below."""
 MORE_MESHES = [
     Case(1, 3),
     Case(1, 4),
+    Case(2, 4),
+    Case(1, 1, zero=2),
     Case(2, 3),
     Case(3, 2),
     Case(4, 1),
@@ -43,27 +43,11 @@ MORE_MESHES = [
 def test_one_rank_trains_like_a_plain_loop(lab: Lab) -> None:
     """An oracle without DeepSpeed, micro-batches or weights: the mean loss of the batch, clipped, AdamW."""
     spec = lab.spec(ONE, lab.folder)
-    config = TransformerConfig.from_section(spec.model, spec.vocab_size, spec.seq_len)
-    model = Transformer(config)
-    initialise(model.named_parameters(), spec.seed, config)
-    optimizer = make_optimizer(model.named_parameters(), spec.train.optimizer)
     found = lab.reference(ONE).steps
-    with contextlib.closing(DataClient(spec.data)) as client:
-        for rows in client.stream("train", 0, STEPS, (0, GLOBAL_BATCH)):
-            step = rows.index + 1
-            tokens = torch.from_numpy(rows.tokens.astype("int64"))
-            logits = model(tokens[:, :-1])
-            counted = torch.arange(spec.seq_len) < torch.from_numpy(rows.valid_tokens.astype("int64"))[:, None]
-            loss = F.cross_entropy(logits[counted], tokens[:, 1:][counted])
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), spec.train.optimizer.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step - 1, spec.train)
-            optimizer.step()
-            optimizer.zero_grad()
-            assert found[step].loss == pytest.approx(loss.item(), rel=1e-4), step
-            assert found[step].grad_norm == pytest.approx(norm.item(), rel=1e-3), step
-            assert found[step].tokens == int(counted.sum())
+    for step, expected in train_plainly(spec, STEPS).items():
+        assert found[step].loss == pytest.approx(expected.loss, rel=1e-4), step
+        assert found[step].grad_norm == pytest.approx(expected.grad_norm, rel=1e-3), step
+        assert found[step].tokens == expected.tokens
 
 
 @pytest.mark.parametrize(
@@ -81,6 +65,20 @@ def test_a_mesh_trains_like_one_rank(lab: Lab, case: Case) -> None:
         assert found.loss == pytest.approx(expected.loss, rel=2e-3), step
         assert found.grad_norm == pytest.approx(expected.grad_norm, rel=5e-3), step
         assert (found.sample_hash, found.tokens, found.lr) == (expected.sample_hash, expected.tokens, expected.lr)
+
+
+def test_a_pipeline_that_is_cut_by_measured_costs_trains_like_one_rank(lab: Lab, tmp_path: Path) -> None:
+    found = lab.run(lab.changed(Case(1, 2), tmp_path, parallel={"balance": "measured"}))
+    for step, expected in lab.reference(ONE).steps.items():
+        assert found.steps[step].loss == pytest.approx(expected.loss, rel=2e-3), step
+
+
+@pytest.mark.parametrize("case", [Case(2, 1, zero=3), Case(2, 2)], ids=str)
+def test_blocks_that_are_computed_again_change_nothing(lab: Lab, tmp_path: Path, case: Case) -> None:
+    found = lab.run(lab.changed(case, tmp_path, recompute="blocks"))
+    for step, expected in lab.reference(case).steps.items():
+        assert found.steps[step].loss == pytest.approx(expected.loss, rel=1e-5), step
+        assert found.steps[step].grad_norm == pytest.approx(expected.grad_norm, rel=1e-4), step
 
 
 def test_the_run_learns_and_clips(lab: Lab) -> None:
@@ -131,10 +129,12 @@ def test_tied_copies_stay_equal_bit_for_bit(lab: Lab, case: Case) -> None:
     assert all(one["states"] == dict.fromkeys(KINDS, True) for one in compared)
 
 
-@pytest.mark.parametrize("case", [Case(1, 1), Case(2, 1, zero=2), Case(2, 2)], ids=str)
+@pytest.mark.parametrize("case", [Case(1, 1), Case(2, 1, zero=2), Case(2, 2), Case(2, 1, zero=3)], ids=str)
 def test_bf16_follows_fp32(lab: Lab, case: Case) -> None:
     exact = lab.reference(Case(1, 1))
     half = lab.reference(Case(case.dp, case.pp, case.zero, "bf16"))
     assert half.steps[1].loss == pytest.approx(exact.steps[1].loss, rel=5e-3)
+    for step in (1, 2, 3):  # gradients of one micro-batch that stay for the next would show here
+        assert half.steps[step].grad_norm == pytest.approx(exact.steps[step].grad_norm, rel=2e-2), step
     assert half.evals[STEPS].loss == pytest.approx(exact.evals[STEPS].loss, rel=3e-2)
     assert half.steps[1].sample_hash == exact.steps[1].sample_hash

@@ -17,7 +17,14 @@ from trainer.protocol import PartReport
 from trainer.stages import stage_bounds
 
 SOURCE = Case(2, 2)
-SAME_MESH = [Case(2, 1), Case(2, 1, zero=2), Case(2, 2), Case(2, 1, zero=0), Case(2, 2, precision="bf16")]
+SAME_MESH = [
+    Case(2, 1),
+    Case(2, 1, zero=2),
+    Case(2, 2),
+    Case(2, 1, zero=0),
+    Case(2, 2, precision="bf16"),
+    Case(2, 1, zero=3),
+]
 MORE_SAME_MESH = [
     Case(1, 1),
     Case(1, 2),
@@ -28,8 +35,11 @@ MORE_SAME_MESH = [
     Case(3, 2),
     Case(2, 1, zero=2, precision="bf16"),
     Case(2, 2, tied=False),
+    Case(3, 1, zero=3),
+    Case(2, 1, zero=3, precision="bf16"),
+    Case(2, 1, zero=3, tied=False),
 ]
-OTHER_MESHES = [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(2, 1, zero=0)]
+OTHER_MESHES = [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(2, 1, zero=0), Case(2, 1, zero=3)]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +77,7 @@ def test_moments_matter(lab: Lab) -> None:
     assert worst > 2e-3
 
 
-@pytest.mark.parametrize("via", [Case(1, 1), Case(3, 1, zero=2), Case(1, 2), Case(3, 1, zero=0)], ids=str)
+@pytest.mark.parametrize("via", [Case(1, 1), Case(3, 1, zero=2), Case(3, 1, zero=3)], ids=str)
 def test_there_and_back_gives_the_same_bytes(lab: Lab, via: Case) -> None:
     lab.reference(SOURCE)
     there, back = lab.folder / f"there-{via}", lab.folder / f"back-{via}"
@@ -82,7 +92,9 @@ def test_there_and_back_gives_the_same_bytes(lab: Lab, via: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(2, 1), Case(2, 1, zero=0), Case(2, 1, zero=2), Case(3, 1, zero=2), Case(2, 2)], ids=str
+    "case",
+    [Case(2, 1), Case(2, 1, zero=0), Case(2, 1, zero=2), Case(3, 1, zero=2), Case(2, 2), Case(3, 1, zero=3)],
+    ids=str,
 )
 def test_no_rank_writes_much_more_than_its_share(lab: Lab, case: Case) -> None:
     """Each stage writes its own parameters once, the tied matrix the first; no rank more than its partition of them.
@@ -106,6 +118,52 @@ def test_no_rank_writes_much_more_than_its_share(lab: Lab, case: Case) -> None:
         held = sum(_numel(shapes[name]) for name in names)
         assert max(written) <= 1.2 * len(KINDS) * held / case.dp
     assert sum(_written(part) for part in parts) == len(KINDS) * sum(_numel(shape) for shape in shapes.values())
+
+
+TOUR = [
+    Case(3, 1, zero=3),
+    Case(2, 2),
+    Case(2, 1, zero=0),
+    Case(2, 1, zero=3),
+    Case(3, 1, zero=2),
+    Case(1, 2),
+    Case(1, 1, zero=3),
+    Case(3, 1, zero=0),
+    Case(2, 1),
+]
+"""A covering part of all pairs (those are in `tests/unit/test_trainer_layouts.py`, and below as a long test): every
+ZeRO stage as source and as target, with and without a pipeline."""
+
+
+def test_a_checkpoint_comes_home_unchanged_from_a_tour_of_layouts(lab: Lab) -> None:
+    """Real engines load and write again what the one before wrote: masters and both moments, byte for byte."""
+    lab.reference(TOUR[0])
+    at, first = lab.checkpoints(TOUR[0]), read_state(lab.checkpoints(TOUR[0]), HALF)
+    assert {kind for _, kind in first} == set(KINDS)
+    assert all(values.any() for values in first.values()), "moments that are zero would prove nothing"
+    for number, case in enumerate([*TOUR[1:], TOUR[0]]):
+        there = lab.folder / f"tour-{number}"
+        _load_and_save(lab, case, at, there)
+        assert same_bytes(first, read_state(there, HALF)), (number, case)
+        at = there
+
+
+GRID = [
+    *(Case(dp, 1, zero=zero) for zero in (0, 1, 2, 3) for dp in (1, 2, 3)),
+    *(Case(dp, pp) for dp in (1, 2) for pp in (2, 4)),
+]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("source", GRID, ids=str)
+def test_every_engine_loads_what_every_other_wrote(lab: Lab, source: Case) -> None:
+    lab.reference(source)
+    first = read_state(lab.checkpoints(source), HALF)
+    for target in GRID:
+        there = lab.folder / f"pair-{source}-{target}"
+        _load_and_save(lab, target, lab.checkpoints(source), there)
+        assert same_bytes(first, read_state(there, HALF)), target
 
 
 def test_a_stop_is_agreed(lab: Lab) -> None:

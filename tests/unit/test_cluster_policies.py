@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from cluster.policies import (
     MAX_FUTILE_RECOVERIES,
     Failure,
@@ -25,6 +27,14 @@ def test_a_killed_rank_is_the_machines_fault() -> None:
     failure = classify_failure([exit_of(0, retryable=True), exit_of(1, code=-9)], NONE)
     assert failure.cause == "infrastructure"
     assert "rank 1 was killed by signal 9" in failure.reason
+
+
+def test_a_damaged_checkpoint_is_left_out_and_not_held_against_the_program() -> None:
+    damaged = replace(exit_of(1, error="does not match its checksum"), error_type="CheckpointCorruptError")
+    failure = classify_failure([exit_of(0, code=-9), damaged], NONE)
+    assert (failure.cause, failure.damaged_checkpoint) == ("infrastructure", True)
+    assert "rank 1 could not load its checkpoint: does not match" in failure.reason
+    assert not classify_failure([exit_of(0, code=-9)], NONE).damaged_checkpoint
 
 
 def test_the_first_own_error_is_named_and_echoes_are_not() -> None:

@@ -53,7 +53,7 @@ def test_three_lines_are_a_run_and_every_default_is_visible(tmp_path: Path) -> N
         for key in path.split("."):
             assert key in holder, path
             holder = holder[key]
-    assert shown["train"]["parallel"] == {"dp": "auto", "pp": 1}
+    assert shown["train"]["parallel"] == {"dp": "auto", "pp": 1, "balance": "parameters"}
 
 
 def test_what_is_shown_reads_back_as_the_same_run(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_address_of_a_store_is_one_and_holds_no_secret(tmp_path: Path, endpoi
         ("train:\n  steps: many\n", 5, "train.steps='many': should be a valid integer"),
         ("train:\n  parallel:\n    dp: two\n", 6, "train.parallel.dp='two': should be a valid integer or 'auto'."),
         ("train:\n  micro_batch: 1.5\n", 5, "train.micro_batch=1.5: should be a valid integer or 'auto'."),
-        ("train:\n  zero:\n    stage: 3\n", 6, "train.zero.stage=3: should be 0, 1 or 2."),
+        ("train:\n  zero:\n    stage: 4\n", 6, "train.zero.stage=4: should be 0, 1, 2 or 3."),
         ("train:\n  steps: 0\n", 5, "train.steps=0: should be greater than or equal to 1."),
         ("train:\n  optimizer: adamw\n", 5, "train.optimizer='adamw': should be a section"),
         ("train:\n  optimizer: {betas: [0.9]}\n", 5, "number 1 is missing"),

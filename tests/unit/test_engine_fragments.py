@@ -6,14 +6,13 @@ from torch import nn
 
 from trainer.errors import CheckpointIncompleteError
 from trainer.fragment_readers import (
-    allocate_moments,
     load_fragments,
     plain_views,
     read_fragments,
-    set_optimizer_steps,
     wanted_ranges,
 )
 from trainer.fragments import KINDS, Fragment, coverage_problems
+from trainer.optim import allocate_state, set_optimizer_steps
 from trainer.stages import NamedParameter
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 2), "d": (1,)}
@@ -23,7 +22,7 @@ def _held(seed: int) -> tuple[list[NamedParameter], torch.optim.AdamW]:
     torch.manual_seed(seed)
     held = [NamedParameter(name, nn.Parameter(torch.randn(shape)), True) for name, shape in SHAPES.items()]
     optimizer = torch.optim.AdamW([one.parameter for one in held], fused=True)
-    allocate_moments(optimizer)
+    allocate_state(optimizer, [one.parameter for one in held], KINDS)
     for state in optimizer.state.values():
         state["exp_avg"].normal_()
         state["exp_avg_sq"].uniform_()
@@ -69,7 +68,7 @@ def test_a_missing_piece_is_named() -> None:
 def test_state_is_there_before_the_first_step() -> None:
     parameter = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
-    allocate_moments(optimizer)
+    allocate_state(optimizer, [parameter], KINDS)
     reference = nn.Parameter(torch.ones(4))
     plain = torch.optim.AdamW([reference], lr=0.1, fused=True)
     for steps in range(1, 4):

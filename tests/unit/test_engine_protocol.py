@@ -17,6 +17,7 @@ from trainer.protocol import (
     PartReport,
     ReadyReport,
     Report,
+    Sample,
     StepReport,
     WorkerSpec,
     report_from_json,
@@ -69,8 +70,10 @@ STATE = TrainState(
 )
 REPORTS: list[Report] = [
     ReadyReport(1, {"import": 3.5}),
-    StepReport(1, 0, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01),
+    ReadyReport(0, {}, "NVIDIA H100 80GB HBM3", "bf16", 6e9),
+    StepReport(1, 0, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01, 2**31),
     EvalReport(0, 6.0, 403.4, 1000),
+    EvalReport(0, 6.0, 403.4, 1000, {"f1": 0.5}, (Sample((1, 2), (3,)), Sample((4,), ()))),
     PartReport(10, 1, RECEIPT, STATE, 0.5),
     PartReport(10, 2, RECEIPT, None),
     FinishedReport(1, 20, "stop"),
@@ -89,7 +92,7 @@ def test_a_rank_is_told_no_more_of_the_configuration_than_it_needs() -> None:
     assert set(json.loads(SPEC.to_json())) == {
         *("attempt", "rank", "world_size", "dp", "pp", "local_rank", "device", "master_addr", "master_port"),
         *("seed", "seq_len", "vocab_size", "model", "train", "data", "checkpoints_uri", "resume_step"),
-        *("threads", "interface"),
+        *("facts", "threads", "interface", "samples"),
     }
     assert set(json.loads(SPEC.to_json())["data"]) == {
         *("control", "token", "order", "dataset_digest", "run_ahead", "hedge_s", "read_stall_s", "stalled_s")

@@ -40,7 +40,9 @@ HOMES = {
         "trainer.deepspeed_config",
         "trainer.deepspeed_engine",
         "trainer.fragment_readers",
+        "trainer.loss_module",
         "trainer.pipeline",
+        "trainer.process_group",
     ),
     "pyarrow.flight": ("data_service.connections", "data_service.server"),
     "grpc": (

@@ -18,6 +18,7 @@ from serve.generate import stream_text
 from serve.model_folder import read_model_folder
 from serve.weights import build_engine
 from tests.helpers.tiny_model import CORPUS, make_model_folder
+from trainer.architecture import Family
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 TOP_2_GAP = 1e-3
@@ -75,6 +76,27 @@ def test_greedy_tokens_equal_transformers_generate(folder: str, reference: torch
         assert ours == theirs
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gpt2"])
+def test_every_causal_family_is_served(family: Family, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path, family=family, num_kv_heads=None if family == "gpt2" else 2, max_positions=128)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    long = tuple(token for text in CORPUS for token in read_model_folder(folder).encode(text))[:60]
+    core = engine(folder, block_tokens=16)
+    core.add(EngineRequest("all", (*prompts(folder, 3), long), 1, GREEDY))
+    whole = drain(core)
+    for number, prompt in enumerate((*prompts(folder, 3), long)):
+        assert_greedy(reference, prompt, whole["all", number].tokens)
+    assert len({delta.text for delta in whole.values()}) == 4
+
+
+def test_models_that_write_no_text_are_refused(tmp_path: Path) -> None:
+    encoder = make_model_folder(tmp_path / "encoder", family="bert", num_kv_heads=None)
+    classifier = make_model_folder(tmp_path / "classifier", num_labels=3)
+    for folder, named in ((encoder, "an encoder"), (classifier, "a classifier of 3 classes")):
+        with pytest.raises(ConfigError, match=named):
+            build_engine(folder, ServeConfig(), "cpu")
+
+
 def test_eight_together_give_the_text_of_one_alone(folder: str, reference: torch.nn.Module) -> None:
     many = prompts(folder, 8)
     alone = []
@@ -121,11 +143,13 @@ def test_packed_matrices_multiply_as_plain_ones() -> None:
         pytest.skip("this torch or CPU has no packed matrices")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(96, 64, generator=generator)
+    bias = torch.randn(96, generator=generator)
     with torch.inference_mode():
-        packed = PackedLinear(weight)
+        packed, shifted = PackedLinear(weight), PackedLinear(weight, bias)
         for rows in (1, 2, 8, 33):
             x = torch.randn(1, rows, 64, generator=generator)
             torch.testing.assert_close(packed(x), x @ weight.T, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(shifted(x), x @ weight.T + bias, atol=1e-4, rtol=1e-4)
 
 
 def test_prompt_in_chunks_beside_decoding_changes_nothing(folder: str, reference: torch.nn.Module) -> None:

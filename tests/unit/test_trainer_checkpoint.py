@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +26,15 @@ from trainer.fragments import KINDS, Kind, Range, coverage_problems, intersect, 
 from trainer.manifest import (
     EvalRecord,
     commit,
-    kept_steps,
     list_complete,
     newest_complete,
-    prune,
     read_manifest,
     verify,
 )
 from trainer.parts import CHUNK_BYTES, group_slices, plan_slices
+from trainer.retention import kept_steps, prune
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {"embedding.weight": (13, 8), "blocks.0.norm.weight": (8,), "blocks.0.up.weight": (24, 8), "head.weight": (7,)}
 
 
@@ -365,8 +367,9 @@ def test_neighbours_in_a_file_are_read_together_and_far_ones_are_not(tmp_path: P
         ]
         return [[part.stored.name[0] for part in group] for group in group_slices(reversed(slices))]
 
-    assert groups(("master",)) == [["a"], ["b"], ["b"], ["c"]]  # four chunks and a fifth; nine elements each beside
-    assert groups(("exp_avg_sq",)) == [["a"], ["b"], ["b", "c"]]
+    # two chunks, two, and a fifth; nine elements each beside
+    assert groups(("master",)) == [["a"], ["b"], ["b"], ["b"], ["c"]]
+    assert groups(("exp_avg_sq",)) == [["a"], ["b"], ["b"], ["b", "c"]]
     assert [len(group) for group in groups(KINDS)][0] == 3
 
 
@@ -408,3 +411,20 @@ def test_coverage_names_gaps_overlaps_and_strangers() -> None:
         (whole[:2], "elements 0 to 4 are missing"),
     ):
         assert any(named in problem for problem in coverage_problems(changed, numels, kinds)), named
+
+
+@pytest.mark.parametrize("held", [(0, 8), (2, 6)], ids=["all", "half"])
+def test_a_load_takes_hardly_more_memory_than_what_it_loads(large: str, held: tuple[int, int]) -> None:
+    command = [sys.executable, "-m", "tests.helpers.load_memory", large, "1", *map(str, held)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["state_bytes"] == 12 * (held[1] - held[0]) * 1400 * 1024
+    assert found["taken_bytes"] < 1.3 * found["state_bytes"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three parts of 138 MB in all, cut inside of parameters."""
+    uri = str(tmp_path_factory.mktemp("large"))
+    commit_whole(uri, 1, 1, {f"blocks.{index}.up.weight": (1400, 1024) for index in range(8)}, num_ranks=3)
+    return uri

@@ -11,10 +11,11 @@ from data_service.schema import NO_LABEL, NO_ROW, BatchSlice
 from tests.helpers.initial_weights import initialise
 from trainer import attention
 from trainer.attention import CausalContext, DocumentContext, within_documents
-from trainer.batching import MicroBatch, count_tokens, micro_batches, task_rows
+from trainer.batching import MicroBatch, micro_batches, task_rows
 from trainer.config import ModelConfig
+from trainer.losses import IGNORED
 from trainer.model import Transformer, TransformerConfig
-from trainer.tasks.causal_lm import IGNORED, token_losses, weighted_loss
+from trainer.tasks.causal_lm import CausalLM
 from trainer.topology import BatchLayout
 
 SEQ_LEN = 24
@@ -72,7 +73,9 @@ def model() -> Transformer:
 
 def whole(rows: BatchSlice) -> MicroBatch:
     """All rows as one micro-batch."""
-    (only,) = micro_batches(rows, BatchLayout(len(rows.tokens), 1, 1, len(rows.tokens)), count_tokens(rows), CPU)
+    (only,) = micro_batches(
+        CausalLM(), rows, BatchLayout(len(rows.tokens), 1, 1, len(rows.tokens)), CausalLM().count(rows), CPU
+    )
     return only
 
 
@@ -99,8 +102,8 @@ def test_logits_and_loss_of_a_row_are_those_of_its_documents_alone(begins_inside
             losses.append(expected_losses)
             place += len(document)
     plain = torch.cat(losses)
-    assert count_tokens(rows) == len(plain), "a document of n tokens has n - 1 labels"
-    assert weighted_loss(logits, targets).item() == pytest.approx(plain.mean().item(), rel=1e-5)
+    assert CausalLM().count(rows) == len(plain), "a document of n tokens has n - 1 labels"
+    assert CausalLM().loss(built.outputs(*inputs), targets).item() == pytest.approx(plain.mean().item(), rel=1e-5)
 
 
 def test_what_documents_share_without_isolation_matters() -> None:
@@ -121,13 +124,13 @@ def test_what_documents_share_without_isolation_matters() -> None:
 def test_without_isolation_rows_are_one_text() -> None:
     rows, documents = delivered(ROWS, isolate=False, masked=2)
     (tokens, positions), (labels, weights) = whole(rows)
-    assert count_tokens(rows) == sum(sum(lengths) - 1 for lengths in ROWS)
+    assert CausalLM().count(rows) == sum(sum(lengths) - 1 for lengths in ROWS)
     assert torch.equal(positions, torch.arange(SEQ_LEN).expand_as(tokens))
     for slot, own in enumerate(documents):
         text = np.concatenate(own)
         assert labels[slot].tolist() == [*text[1:].tolist(), *[IGNORED] * (SEQ_LEN + 1 - len(text))]
-    assert weights.tolist() == pytest.approx([*[1 / count_tokens(rows)] * len(ROWS), 0.0, 0.0])
-    assert token_losses(model()(tokens, positions), labels)[-2:].count_nonzero() == 0
+    assert weights.tolist() == pytest.approx([*[1 / CausalLM().count(rows)] * len(ROWS), 0.0, 0.0])
+    assert (labels[-2:] == IGNORED).all()
 
 
 def test_padding_changes_no_other_token() -> None:
@@ -161,8 +164,8 @@ def test_answers_alone_are_learned() -> None:
     assert (weights > 0).tolist() == [True, True, False]
     none = replace(rows, answer_bits=np.zeros_like(rows.answer_bits))
     inputs, targets = whole(none)
-    assert count_tokens(none) == 0
-    assert weighted_loss(model()(*inputs), targets).item() == 0.0
+    assert CausalLM().count(none) == 0
+    assert CausalLM().loss(model().outputs(*inputs), targets).item() == 0.0
 
 
 def test_no_mask_is_made_for_rows_of_one_document(monkeypatch: pytest.MonkeyPatch) -> None:

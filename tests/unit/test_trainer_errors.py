@@ -18,6 +18,6 @@ def test_errors_survive_pickling_and_are_in_the_drawn_tree(name: str) -> None:
     assert str(error) == "train.x=1: found 2. Set 3."
 
 
-def test_only_losses_of_processes_are_retried() -> None:
+def test_only_losses_of_processes_and_failures_of_stores_are_retried() -> None:
     retried = {name for name in trainer.errors.__all__ if getattr(trainer.errors, name).retryable}
-    assert retried == {"WorkerLostError", "CollectiveTimeoutError"}
+    assert retried == {"WorkerLostError", "CollectiveTimeoutError", "SaveFailedError"}

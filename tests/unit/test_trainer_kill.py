@@ -1,4 +1,4 @@
-"""kill -9 at random points of saves: the newest complete step always loads, and holds the right values."""
+"""kill -9 at random points of asynchronous saves: the newest complete step always loads, and holds the right values."""
 
 import math
 import multiprocessing
@@ -6,25 +6,46 @@ import random
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 import torch
 
-from tests.helpers.written_parts import commit_whole, expected
+from tests.helpers.written_parts import cut, expected, fragments_of, make_state
 from trainer.checkpoint import load_ranges
+from trainer.fences import raise_fence
 from trainer.fragments import KINDS, Range
-from trainer.manifest import kept_steps, list_complete, newest_complete, prune
+from trainer.manifest import commit, list_complete, newest_complete
+from trainer.protocol import PartReport
+from trainer.retention import kept_steps, prune
+from trainer.saver import CheckpointSaver
 
 SHAPES = {"embedding.weight": (64, 32), "blocks.0.norm.weight": (32,), "blocks.0.up.weight": (128, 32)}
+RANKS = 2
 LONGEST_SAVE_S = 0.02
 
 
 def _save_forever(uri: str, attempt: int, step: int, said: Connection) -> None:
-    """What ranks and controller do at each save, in one process; says when it begins and when it has committed."""
+    """What ranks and controller do at each save, in one process; says when it begins and when it has committed.
+
+    The state is overwritten while it is saved, as training would.
+    """
+    torch.set_num_threads(1)
+    raise_fence(uri, attempt, step)
+    reports: SimpleQueue[PartReport] = SimpleQueue()
+    ranges = cut(SHAPES, RANKS, None)
+    savers = [CheckpointSaver(uri, attempt, rank, torch.device("cpu"), reports.put) for rank in range(RANKS)]
     while True:
         step += 1
         said.send(("begun", step))
-        commit_whole(uri, step, attempt, SHAPES)
+        for rank, saver in enumerate(savers):
+            live = fragments_of(ranges[rank], SHAPES, step)
+            saver.save(step, live, make_state(SHAPES, step, dp=RANKS) if rank == 0 else None)
+            for fragment in live:
+                fragment.data.fill_(torch.nan)
+        parts = [reports.get(timeout=60) for _ in savers]
+        (state,) = [part.state for part in parts if part.state is not None]
+        commit(uri, step, attempt, [part.receipt for part in parts], state)
         said.send(("committed", step))
         prune(uri, kept_steps(list_complete(uri), {}, keep_last=2, keep_best=0), newest=step)
 

@@ -86,14 +86,11 @@ def test_a_tied_copy_in_the_last_stage_has_the_name_of_the_embedding() -> None:
 def test_layers_one_by_one_compute_what_the_whole_model_does(config: TransformerConfig) -> None:
     model = _filled(config)
     tokens = _tokens(config)
-    hidden = model.embedding(tokens)
+    hidden = model.embedding(tokens, default_positions(tokens))
     for block in model.blocks:
         hidden = block(hidden, default_positions(tokens), CausalContext())
-    if config.tie_embeddings:
-        logits = model.embedding.project(model.head.norm(hidden))
-    else:
-        logits = model.head(hidden)
-    assert torch.equal(logits, model(tokens))
+    projection = model.head(hidden, model.embedding.weight if config.tie_embeddings else None)
+    assert torch.equal(projection.logits(), model(tokens))
 
 
 def test_later_tokens_do_not_reach_earlier_ones() -> None:

@@ -1,52 +1,223 @@
-import pytest
+"""The planner: pieces of memory against what autograd and the shapes say, rows against the rules, advice."""
 
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from data_service.errors import ConfigError
+from trainer.architecture import TransformerConfig
 from trainer.config import ModelConfig, TrainConfig
-from trainer.model import TransformerConfig
-from trainer.planner import plan_run
+from trainer.losses import projected_cross_entropy
+from trainer.model import Transformer
+from trainer.planner.activations import block_pieces, edge_pieces, output_gradient_bytes, total_bytes
+from trainer.planner.advice import DataFacts, advise
+from trainer.planner.memory import Setting, stage_shapes
+from trainer.planner.rows import PlanTask, best_row, plan_rows, row_of, wanted_setting
+from trainer.planner.speed import DeviceSpeed, traffic_bytes
+from trainer.stages import stage_bounds
+from trainer.throughput import flops_per_token, matrix_parameters
+from trainer.topology import BatchLayout
 
 VOCAB, SEQ_LEN = 500, 32
+SLOW = DeviceSpeed(1e12, 0.5, 1e9, is_gpu=False, source="made up")
 
 
-def model(**shape: int | bool) -> TransformerConfig:
+def model(**shape: Any) -> TransformerConfig:
     section = ModelConfig.model_validate({"d_model": 32, "num_layers": 4, "num_heads": 2, **shape})
     return TransformerConfig.from_section(section, VOCAB, SEQ_LEN)
 
 
-def train(dp: int | str, pp: int, zero: int = 1, global_batch: int = 8) -> TrainConfig:
-    return TrainConfig.model_validate(
-        {"parallel": {"dp": dp, "pp": pp}, "zero": {"stage": zero}, "global_batch": global_batch}
+def task(slots: int = 4, memory: int | None = None, config: TransformerConfig | None = None, **train: Any) -> PlanTask:
+    return PlanTask(
+        train=TrainConfig.model_validate({"global_batch": 16, **train}),
+        model=config or model(),
+        seq_len=SEQ_LEN,
+        slots=slots,
+        device="cpu",
+        precision="fp32",
+        speed=SLOW,
+        memory_bytes=memory,
     )
 
 
-@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "bert"])
+def test_activations_are_what_autograd_keeps(family: str, precision: torch.dtype) -> None:
+    heads = {"num_heads": 4, "num_kv_heads": 4 if family in ("gpt2", "bert") else 2}
+    config = model(family=family, num_layers=3, d_model=64, **heads)
+    made = Transformer(config).to(precision)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    own = {parameter.untyped_storage().data_ptr() for parameter in made.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.ndim:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, VOCAB, (2, SEQ_LEN))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        projected_cross_entropy(made.outputs(tokens), tokens, torch.ones(2))
+    element = precision.itemsize
+    block = total_bytes(block_pieces(config, 2, SEQ_LEN, element, on_gpu=False))
+    edges = total_bytes(edge_pieces(config, 2, SEQ_LEN, element, on_gpu=False)) + output_gradient_bytes(config)
+    assert sum(storage.nbytes() for storage in kept.values()) == config.num_layers * block + edges
+
+
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dp", [1, 2, 3])
-def test_the_states_of_all_ranks_are_three_numbers_for_each_parameter(dp: int, tie: bool) -> None:
-    config = model(tie_embeddings=tie)
-    plan = plan_run(train(dp, 1), config, seq_len=SEQ_LEN, slots=dp, precision="fp32")
-    assert plan.parameters == config.num_parameters
-    total = sum(stage.optimizer_bytes for stage in plan.stages) * dp
-    assert 12 * config.num_parameters <= total < 12 * config.num_parameters + 4 * dp
+def test_the_states_of_all_ranks_are_three_numbers_for_each_parameter(dp: int, tied: bool) -> None:
+    config = model(tie_embeddings=tied)
+    for stage in (1, 2, 3):
+        (memory,) = row_of(task(dp, config=config), Setting(dp, 1, stage, 2)).memory
+        total = dp * (memory.parts["masters"] + memory.parts["moments"])
+        assert 12 * config.num_parameters <= total < 12 * config.num_parameters + 12 * dp
+    (memory,) = row_of(task(dp, config=config), Setting(dp, 1, 0, 2)).memory
+    assert (memory.parts["masters"], memory.parts["moments"]) == (0, 8 * config.num_parameters)
 
 
 def test_stages_hold_the_model_and_a_tied_matrix_twice() -> None:
     config = model()
-    plan = plan_run(train(2, 2), config, seq_len=SEQ_LEN, slots=4, precision="bf16")
-    assert sum(stage.blocks for stage in plan.stages) == config.num_layers
-    assert sum(stage.parameters for stage in plan.stages) == config.num_parameters + VOCAB * config.d_model
-    assert all(stage.weight_bytes == 2 * stage.parameters for stage in plan.stages)
+    shapes = stage_shapes(config, stage_bounds(config, 2))
+    assert sum(one.blocks for one in shapes) == config.num_layers
+    assert sum(one.parameters for one in shapes) == config.num_parameters + VOCAB * config.d_model
+    first, last = row_of(task(), Setting(2, 2, 1, 2)).memory
+    assert first.parts["weights"] == 4 * shapes[0].parameters
+    assert last.parts["weights"] == 4 * shapes[1].parameters
 
 
-def test_the_batch_is_what_ranks_will_run() -> None:
-    plan = plan_run(train(3, 1), model(), seq_len=SEQ_LEN, slots=3, precision="fp32")
-    assert plan.tokens_per_step == 8 * SEQ_LEN
-    assert plan.masked_rows == 3 * plan.micro_batch * plan.num_micro_batches - 8
-    assert plan.bubble == 0
-    piped = plan_run(train("auto", 2), model(), seq_len=SEQ_LEN, slots=5, precision="fp32")
-    assert (piped.dp, piped.pp) == (2, 2)
-    assert piped.bubble == pytest.approx(1 / (piped.num_micro_batches + 1))
+def test_every_legal_row_is_there_and_no_other() -> None:
+    rows = plan_rows(task(4))
+    settings = {row.setting for row in rows}
+    assert len(settings) == len(rows)
+    assert {(one.dp, one.pp) for one in settings} == {(4, 1), (2, 2), (1, 4)}
+    assert {one.zero_stage for one in settings if one.pp > 1} == {1}
+    assert {one.zero_stage for one in settings if one.pp == 1} == {0, 1, 2, 3}
+    assert {one.micro_batch for one in settings if one.dp == 4} == {1, 2, 4}
+    assert {one.recompute for one in settings} == {False, True}
+    assert not any(one.offload_optimizer or one.offload_parameters for one in settings)  # a CPU has nowhere to offload
+    speeds = [row.step.tokens_per_s for row in rows]
+    assert speeds == sorted(speeds, reverse=True)
 
 
-def test_without_zero_nothing_is_partitioned() -> None:
+def test_recomputation_and_smaller_micro_batches_take_less_memory_and_partitions_less_with_each_stage() -> None:
+    wide = model(d_model=512, num_layers=8, num_heads=8)
+    asked = task(4, config=wide)
+
+    def device(setting: Setting) -> int:
+        parts = row_of(asked, setting).memory[0].parts
+        return sum(parts[name] for name in ("weights", "masters", "moments", "gradients", "activations"))
+
+    settings = (Setting(1, 1, 1, 16), Setting(1, 1, 1, 16, recompute=True), Setting(1, 1, 1, 1))
+    whole, again, small = (row_of(task(1), one) for one in settings)
+    assert again.peak_bytes < whole.peak_bytes
+    assert small.peak_bytes < whole.peak_bytes
+    assert again.step.compute_s > whole.step.compute_s
+    assert device(Setting(4, 1, 0, 1)) > device(Setting(4, 1, 1, 1)) > device(Setting(4, 1, 2, 1))
+
+
+def test_the_bubble_and_traffic_are_those_of_the_formulas() -> None:
+    row = row_of(task(4), Setting(1, 4, 1, 2))
+    assert row.layout.num_micro_batches == 8
+    assert row.bubble == pytest.approx(3 / 11)
+    assert row.step.bubble_s / row.step.compute_s == pytest.approx(3 / 8)
     config = model()
-    plan = plan_run(train(2, 1, zero=0), config, seq_len=SEQ_LEN, slots=2, precision="fp32")
-    assert plan.stages[0].optimizer_bytes == 8 * config.num_parameters
+    (shape,) = stage_shapes(config, stage_bounds(config, 1))
+    layout = BatchLayout(16, 4, 1, 2)
+    sent = {
+        stage: traffic_bytes(config, Setting(4, 1, stage, 2), layout, shape, SEQ_LEN, 4)["data_parallel"]
+        for stage in (0, 1, 3)
+    }
+    parameters = config.num_parameters
+    assert sent[0] == pytest.approx(2 * 3 / 4 * 4 * parameters, abs=1)
+    assert sent[1] == pytest.approx(3 / 4 * (8 + 4) * parameters, abs=1)
+    assert sent[3] == pytest.approx(3 / 4 * layout.num_micro_batches * 12 * parameters, abs=1)
+
+
+def test_auto_takes_the_fastest_micro_batch_that_fits_and_fixed_keys_stay() -> None:
+    free = task(1, zero={"stage": 1})
+    rows = plan_rows(free)
+    roomy = best_row(free, rows)
+    assert roomy is not None
+    sizes = {
+        row.layout.micro_batch: row.peak_bytes
+        for row in rows
+        if row.setting == Setting(1, 1, 1, row.layout.micro_batch)
+    }
+    limit = math.ceil(sizes[4] / 0.95) + 1
+    tight = task(1, memory=limit, zero={"stage": 1})
+    chosen = best_row(tight, plan_rows(tight))
+    assert chosen is not None
+    assert chosen.layout.micro_batch <= 4
+    assert chosen.setting.zero_stage == 1
+    assert chosen.peak_bytes <= limit
+    fixed = task(1, memory=limit, zero={"stage": 1}, micro_batch=16)
+    assert best_row(fixed, plan_rows(fixed)) is None
+    assert row_of(fixed, wanted_setting(fixed)).limit == "memory"
+    assert any(row.fits for row in plan_rows(fixed))
+
+
+def test_too_few_slots_for_a_pipeline_are_named() -> None:
+    with pytest.raises(ConfigError, match="not one pipeline"):
+        wanted_setting(task(1, parallel={"pp": 2}))
+
+
+def test_offload_moves_states_to_the_host() -> None:
+    config = model()
+    asked = PlanTask(
+        train=TrainConfig.model_validate({"global_batch": 16}),
+        model=config,
+        seq_len=SEQ_LEN,
+        slots=2,
+        device="cuda",
+        precision="bf16",
+        speed=DeviceSpeed(1e15, 0.4, 1e11, is_gpu=True, source="made up"),
+    )
+    plain, moved = row_of(asked, Setting(2, 1, 2, 2)), row_of(asked, Setting(2, 1, 2, 2, offload_optimizer=True))
+    states = 12 * -(-config.num_parameters // 2)
+    assert plain.peak_bytes - moved.peak_bytes == states
+    assert moved.host_bytes - plain.host_bytes == states + states // 3
+    assert any(row.setting.offload_parameters for row in plan_rows(asked))
+
+
+def test_flops_count_matrices_and_scores() -> None:
+    config = model(tie_embeddings=False)
+    matrices = sum(
+        p.numel() for name, p in Transformer(config).named_parameters() if p.ndim == 2 and "embedding" not in name
+    )
+    assert matrix_parameters(config) == matrices == matrix_parameters(model(tie_embeddings=True))
+    assert flops_per_token(config, SEQ_LEN) == 6 * matrices + 12 * 4 * 2 * 16 * SEQ_LEN
+
+
+def facts(**keys: Any) -> DataFacts:
+    well = {"tokens": 10**9, "documents": 10**6, "epochs": 1.0, "labels": 0, "chats": False, "task": "causal_lm"}
+    shape = {"family": "llama", "parameters": 50_000_000, "pretrained": False, "tokens_seen": 10**9}
+    return DataFacts(**{**well, **shape, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"tokens_seen": 10**8}, "Hoffmann"),
+        ({"tokens_seen": 10**11}, "larger model"),
+        ({"epochs": 6.0}, "Muennighoff"),
+        ({"epochs": 40.0}, "beyond 16"),
+        ({"tokens": 10**6}, "few for a model from scratch"),
+        ({"labels": 2}, "text_classification learns"),
+        ({"chats": True}, "train.task=sft"),
+        ({"task": "sft"}, "without a mask"),
+        ({"task": "text_classification"}, "without classes"),
+        ({"task": "text_classification", "labels": 2}, "model.family=bert"),
+        ({"family": "bert"}, "does not write"),
+    ],
+)
+def test_advice_says_what_does_not_fit_the_data(keys: dict[str, Any], said: str) -> None:
+    assert said in "\n".join(advise(facts(**keys)))
+
+
+def test_there_is_no_advice_where_all_is_well() -> None:
+    assert advise(facts()) == []

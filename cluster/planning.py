@@ -1,0 +1,185 @@
+"""What the planner is asked for a run: slots, device, memory and speed, stated, of known GPUs or measured here.
+
+Owns where each figure is from, the choice of a micro-batch for `auto`, and the refusal of what does not fit.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from cluster.config import RunConfig
+from data_service.errors import ConfigError
+from data_service.manifest import DatasetManifest
+from trainer.observe.peaks import known_peak, peak_flops
+from trainer.planner.rows import PlanRow, PlanTask, best_row, plan_rows, row_of, wanted_setting
+from trainer.planner.speed import DeviceSpeed
+
+__all__ = ["EFFICIENCY", "check_fits", "gib", "laid_out", "plan_task"]
+
+EFFICIENCY = {"cuda": 0.4, "cpu": 0.7}
+"""Share of the peak that training is taken to reach where nobody states it: of a GPU's data sheet, or of what a matrix
+product reaches on a CPU."""
+_CPU_LINK_BYTES_S = 1e9
+"""Gloo over loopback or a fast Ethernet, one way."""
+_GPU_RESERVE = 2**30
+"""CUDA's context and kernels, beside what the allocator gives out."""
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def plan_task(
+    config: RunConfig,
+    vocab_size: int,
+    num_labels: int,
+    *,
+    gpu: str | None = None,
+    memory_gib: float | None = None,
+    efficiency: float | None = None,
+    measure: bool = False,
+) -> PlanTask:
+    """What the planner is to lay out.
+
+    Args:
+        config: the run.
+        vocab_size: of the tokenizer.
+        num_labels: classes of the task's head; 0 for a language model.
+        gpu: name of the GPU, such as H100, where this machine does not tell.
+        memory_gib: of one rank's device; by default that of a known GPU, or a share of this machine's for local nodes.
+        efficiency: share of the peak that training reaches; by default `EFFICIENCY`.
+        measure: whether a CPU's peak is measured here by a matrix product; else 50 GFLOP/s a core are taken.
+
+    Raises:
+        ConfigError: the GPU is not known, and no memory and peak are stated.
+    """
+    from trainer.architecture import TransformerConfig
+    from trainer.deepspeed_config import resolve_precision
+
+    device: Literal["cpu", "cuda"] = "cuda" if config.cluster.node.gpus and config.train.device != "cpu" else "cpu"
+    precision = resolve_precision(config.train, device)
+    stated = config.observe.peak_tflops
+    share = efficiency if efficiency is not None else EFFICIENCY[device]
+    memory = None if memory_gib is None else int(memory_gib * 2**30)
+    host: int | None = None
+    if device == "cuda":
+        found = known_peak(gpu or _own_gpu())
+        if found is None and stated is None:
+            raise ConfigError(
+                f"the GPU {(gpu or _own_gpu()) or 'of this run'!r} is not known here. Name it (--gpu H100), or state "
+                "observe.peak_tflops and --memory-gib."
+            )
+        flops = peak_flops(gpu or _own_gpu(), precision, stated)
+        assert flops is not None, "a peak is known or stated"
+        link = (found.link_gb_s if found else 32.0) * 1e9
+        if memory is None and found is not None:
+            memory = int(found.memory_gb * 1e9) - _GPU_RESERVE
+        source = "observe.peak_tflops" if stated else f"{found.source}" if found else ""
+        speed = DeviceSpeed(flops, share, link, is_gpu=True, source=source)
+    else:
+        cores = max(1, int(config.cluster.node.cpus_per_slot))
+        if stated is not None:
+            flops, source = stated * 1e12, "observe.peak_tflops"
+        elif measure:
+            flops, source = _measured_flops(cores), "a matrix product on this machine"
+        else:
+            flops, source = 5e10 * cores, "50 GFLOP/s a core, unmeasured (--measure)"
+        speed = DeviceSpeed(flops, share, _CPU_LINK_BYTES_S, is_gpu=False, source=source)
+        if memory is None and _is_local(config):
+            memory = _machine_bytes() // config.cluster.total_slots
+    return PlanTask(
+        train=config.train,
+        model=TransformerConfig.from_section(config.model, vocab_size, config.data.seq_len, num_labels),
+        seq_len=config.data.seq_len,
+        slots=config.cluster.total_slots,
+        device=device,
+        precision=precision,
+        speed=speed,
+        memory_bytes=memory,
+        host_bytes=host,
+        isolate_documents=config.data.isolate_documents,
+    )
+
+
+def check_fits(task: PlanTask) -> PlanRow:
+    """The row that the run will take, `auto` resolved to the best that fits.
+
+    Raises:
+        ConfigError: it does not fit; the message names the row that would, where one does.
+    """
+    rows = plan_rows(task)
+    chosen = best_row(task, rows)
+    if chosen is not None:
+        return chosen
+    wanted = row_of(task, wanted_setting(task))
+    assert task.memory_bytes is not None, "without a limit everything fits"
+    fitting = next((row for row in rows if row.fits), None)
+    asked = f"a rank needs {gib(wanted.peak_bytes)}, and its device has {gib(task.memory_bytes)}"
+    if fitting is None:
+        raise ConfigError(
+            f"The run does not fit: {asked}; no legal layout of this model over {task.slots} slots does. Lower "
+            "data.seq_len or the model, or take more or larger devices."
+        )
+    keys = " ".join(f"{key}={value}" for key, value in fitting.keys().items())
+    raise ConfigError(f"The run does not fit: {asked}. This fits, with {gib(fitting.peak_bytes)}: {keys}")
+
+
+def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> RunConfig:
+    """The run with the best micro-batch that fits where the file says `auto`.
+
+    Nothing is planned for adapters, whose states are small, nor for GPUs that are not known here.
+
+    Raises:
+        ConfigError: the run does not fit; the message names the row that would, where one does.
+    """
+    if config.train.lora is not None:
+        return config
+    num_labels = len(dataset.labels) if config.train.task == "text_classification" else 0
+    try:
+        task = plan_task(config, dataset.vocab_size, num_labels)
+    except ConfigError as error:
+        say(f"the run is not planned: {error}")
+        return config
+    row = check_fits(task)
+    say(f"planned: micro-batches of {row.layout.micro_batch} rows, at most {gib(row.peak_bytes)} a rank")
+    if config.train.micro_batch != "auto":
+        return config
+    train = config.train.model_copy(update={"micro_batch": row.layout.micro_batch})
+    return config.model_copy(update={"train": train})
+
+
+def _is_local(config: RunConfig) -> bool:
+    """Whether the nodes will be on this machine."""
+    return config.cluster.address == "local" or (config.cluster.address == "auto" and "RAY_ADDRESS" not in os.environ)
+
+
+def _machine_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _own_gpu() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else ""
+
+
+def _measured_flops(threads: int) -> float:
+    """FLOP/s of fp32 matrix products of a size that training has, best of a few, in less than a second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+    best = float("inf")
+    try:
+        for _ in range(8):
+            began = time.perf_counter()
+            left @ right
+            best = min(best, time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 512 * 1024 * 1024 / best
