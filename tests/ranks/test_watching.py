@@ -51,7 +51,8 @@ def test_samples_are_the_greedy_text_of_the_weights(lab: Lab, tmp_path: Path, ca
         names = [event.get("name") for event in trace["traceEvents"]]
         assert "aten::embedding" in names or rank % case.pp
         updates = sum(name == "Optimizer.step#AdamW.step" for name in names)
-        assert updates and updates % 2 == 0, updates  # two steps, one update for each of DeepSpeed's groups
+        assert updates, names
+        assert updates % 2 == 0, updates  # two steps, one update for each of DeepSpeed's groups
 
 
 def test_without_prompts_held_out_rows_are_continued(lab: Lab, tmp_path: Path) -> None:
