@@ -36,7 +36,7 @@ from tests.helpers.written_datasets import WrittenDataset, WrittenPart, write_da
 
 SEQ_LEN = 1024
 BATCH = 64
-RUN_AHEAD = 256
+RUN_AHEAD = 512
 NUM_WORKERS = (1, 2)
 """Settings of ours, as one and two streams are of raw Flight."""
 MESSAGE_ROWS = MESSAGE_BYTES // (2 * (SEQ_LEN + 1))

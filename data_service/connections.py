@@ -41,6 +41,8 @@ _MAX_THREADS = 256
 """A worker that stands still holds a thread for each read that was begun and given up, until the read's deadline."""
 _MAX_PING_THREADS = 64
 _CLOSE_S = 1.0
+_CONNECTIONS = 2
+"""To each worker, taken in turn: one thread reads from a connection, and what it reads takes another to unpack."""
 _FLIGHT_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -144,7 +146,7 @@ class Connections:
         self._stubs = [pb_grpc.DataControlStub(channel) for channel in self._channels]  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
         self._closed = False
-        self._flights: dict[str, Any] = {}
+        self._flights: dict[str, deque[Any]] = {}
         self._threads = _Threads(_MAX_THREADS, "data-read")
         self._pings = _Threads(_MAX_PING_THREADS, "data-ping")
         self.blocks = Blocks()
@@ -252,12 +254,14 @@ class Connections:
 
     def _flight(self, address: str) -> Any:
         with self._lock:
-            connection = self._flights.get(address)
-            if connection is None:
-                connection = self._flights[address] = flight.FlightClient(
-                    f"grpc://{address}", generic_options=_FLIGHT_OPTIONS
+            connections = self._flights.get(address)
+            if connections is None:
+                connections = self._flights[address] = deque(
+                    flight.FlightClient(f"grpc://{address}", generic_options=_FLIGHT_OPTIONS)
+                    for _ in range(_CONNECTIONS)
                 )
-        return connection
+            connections.rotate()
+            return connections[0]
 
     def _options(self, timeout_s: float, *, at_hand: bool = False) -> Any:
         headers = [(b"authorization", f"Bearer {self._access.token}".encode())]
@@ -325,6 +329,6 @@ class Connections:
         self._pings.close(_CLOSE_S)
         self.members.join(_CLOSE_S)
         with self._lock:
-            flights, self._flights = list(self._flights.values()), {}
+            flights, self._flights = [one for each in self._flights.values() for one in each], {}
         for connection in flights:
             connection.close()
