@@ -65,7 +65,7 @@ class DataClient:
         Raises:
             ValueError: for an empty range of slots, or steps that the plan does not have.
             DataStalledError: when no worker delivered a batch for `stalled_s`.
-            DeliveryError: when a worker delivered other rows than the plan's.
+            DeliveryError: when every worker delivered other rows than the plan's.
             ShardCorruptError: when no worker can read a shard that is needed.
             DataError: when every worker refuses to answer, or the client is closed.
         """

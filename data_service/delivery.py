@@ -158,8 +158,9 @@ def _values(column: Any, dtype: type[Any]) -> npt.NDArray[Any]:
 
 def _bits(column: Any) -> npt.NDArray[np.uint8]:
     """A fixed-size binary column as uint8 [n, bytes]."""
-    rows = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, column.type.byte_width)
-    return rows[column.offset :][: len(column)]
+    width, first = column.type.byte_width, column.offset
+    held = np.frombuffer(column.buffers()[1], np.uint8)  # padded behind the last row
+    return held[first * width : (first + len(column)) * width].reshape(len(column), width)
 
 
 class RangeArrays:
@@ -205,9 +206,7 @@ class RangeArrays:
                     f"data worker {address}: the answer has another schema, {batch.schema.names}. Use one version."
                 )
             end = begin + batch.num_rows
-            if end > wanted.row_id.size:
-                break
-            if batch.num_rows:
+            if batch.num_rows and end <= wanted.row_id.size:
                 part = wanted.part(begin, end)
                 starts.append(self._place(part, address, _message(self._plan, part, address, batch)))
             begin = end

@@ -29,6 +29,7 @@ from data_service.errors import (
     DataError,
     DataStalledError,
     DataUnavailableError,
+    DeliveryError,
     ShardCorruptError,
 )
 from data_service.members import KnownMembers, Member
@@ -252,7 +253,7 @@ class TicketRead:
 
 def _distance(error: DataError) -> int:
     """How little a refusal says about the data: another run's worker refuses the token, or the ticket."""
-    kinds = (ShardCorruptError, CursorMismatchError)
+    kinds = (ShardCorruptError, DeliveryError, CursorMismatchError)
     for number, kind in enumerate(kinds):
         if isinstance(error, kind):
             return number

@@ -20,7 +20,7 @@ import numpy as np
 from data_service.access import DataAccess
 from data_service.connections import Connections
 from data_service.delivery import RangeArrays, Wanted
-from data_service.errors import DataError, DataStalledError, DataUnavailableError
+from data_service.errors import DataError, DataStalledError, DataUnavailableError, DeliveryError
 from data_service.order_blocks import owned_rows
 from data_service.plan import Plan
 from data_service.reads import Attempt, TicketRead, stalled_error
@@ -276,7 +276,11 @@ class Stream:
             raise what
         else:
             into = self._reads[read]
-            into.arrays.take(read.wanted, attempt.member.address, what)
+            try:
+                into.arrays.take(read.wanted, attempt.member.address, what)
+            except DeliveryError as error:
+                read.failed(attempt, error)
+                return
             read.finish(attempt)
             into.missing -= 1
             del self._reads[read]

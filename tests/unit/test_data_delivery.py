@@ -185,6 +185,8 @@ def test_an_answer_that_was_refused_leaves_nothing_behind(dataset):
     half = GLOBAL_BATCH // 2
     with pytest.raises(DeliveryError, match=f"slot {GLOBAL_BATCH - 1}: row {rows.row_id[-1]} arrived with other"):
         arrays.take(wanted, "a:1", [messages[0].slice(0, half), messages[0].slice(half)])
+    with pytest.raises(DeliveryError, match=f"{2 * GLOBAL_BATCH} rows were delivered .* the plan has {GLOBAL_BATCH}"):
+        arrays.take(wanted, "a:1", [messages[1], messages[1]])
     arrays.take(wanted, "b:2", [messages[1].slice(0, half), messages[1].slice(half)])
     (taken,) = arrays.slices()
     for name in ("tokens", "length", "row_id", "row_crc", "start_rows", "start_places"):
@@ -201,3 +203,30 @@ def test_a_worker_that_sends_nulls_ends_the_stream_with_its_name(dataset, monkey
         with pytest.raises(DeliveryError, match=rf"data worker {service.workers[0]}, global batch 0, .*'{column}'"):
             list(client.stream("train", 0, 1, (0, GLOBAL_BATCH)))
         client.close()
+
+
+def test_bitmaps_of_any_width_arrive_in_every_message_of_an_answer(tmp_path):
+    """An answer of two messages: behind the rows of the first, its buffers go on with bytes of the second's."""
+    documents = random_documents(5, 60_000, longest=20)
+    part = WrittenPart("a", documents, answers=[one > 9 for one in documents])
+    dataset = write_dataset(tmp_path / "d", {"train": [part]}, rows="document", seq_len=200, loss_masks=True)
+    order = small_order(seq_len=200, global_batch=len(documents))
+    assert len(documents) * 201 * 2 > 2**21
+    with running_service(dataset.uri, order, (ShardRows,)) as service:
+        client = DataClient(service.access())
+        plan = client.plan("train")
+        (batch,) = client.stream("train", 0, 1, (0, len(documents)))
+        client.close()
+    plan_rows = [dataset.row(plan, int(one)) for one in batch.row_id[:: len(documents) // 50]]
+    found = batch.answer_bits[:: len(documents) // 50]
+    assert [row.answer_bits for row in plan_rows] == [bits.tobytes() for bits in found]
+
+
+@pytest.mark.parametrize("source", [OtherRow, DamagedRow, FewerRows, ImpossibleStart])
+def test_a_worker_that_answers_wrongly_is_left_for_another(dataset, source):
+    with running_service(dataset.uri, small_order(), (source, ShardRows)) as service:
+        client = DataClient(service.access())
+        plan = client.plan("train")
+        found = read_hashes(client, 0, 6, 1)
+        client.close()
+    assert found == [dataset.hash_of_step(plan, step) for step in range(6)]
