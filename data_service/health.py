@@ -41,6 +41,15 @@ class BoundedHealth(health.HealthServicer):  # type: ignore[misc]
             context.abort(grpc.StatusCode.CANCELLED, "the call has ended")
         super().Watch(request, context, send_response_callback)
 
+    def _on_close_callback(self, send_response_callback: Callable[[Any], None], service: str) -> Callable[[], None]:
+        """Forget a watch that ended, in a thread of its own.
+
+        grpcio 1.85 calls this in the thread that also completes sends. It wants the lock that `set` holds while it
+        waits for a send to complete: a caller that left in the middle of a change would stop the server for good.
+        """
+        forget = super()._on_close_callback(send_response_callback, service)
+        return lambda: threading.Thread(target=forget, name="data-health-forget", daemon=True).start()
+
     def _leave(self) -> None:
         with self._watch_lock:
             self._num_watches -= 1

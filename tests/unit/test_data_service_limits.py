@@ -2,7 +2,9 @@
 
 import contextlib
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -10,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from data_service import metrics as metrics_module
 from data_service.control import WORKERS_HEALTH, ControlServer
-from data_service.health import MAX_WATCHES
+from data_service.health import MAX_WATCHES, BoundedHealth
 from tests.helpers.data_runs import TOKEN
 from tests.helpers.flight_calls import raw_control
 from tests.helpers.waiting import until
@@ -43,6 +45,30 @@ def test_a_control_plane_that_got_its_port_at_the_second_start_serves(written):
     finally:
         first.stop()
         second.stop()
+
+
+def test_callers_that_leave_while_health_changes_stop_nothing():
+    told = BoundedHealth()
+    server = grpc.server(ThreadPoolExecutor(4))
+    health_pb2_grpc.add_HealthServicer_to_server(told, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    status = health_pb2.HealthCheckResponse
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for _ in range(10):
+                told.set("", status.SERVING)
+                held = [watch(channel) for _ in range(MAX_WATCHES // 2)]
+                assert {next(one).status for one in held} == {status.SERVING}
+                for one in held:
+                    one.cancel()
+                change = threading.Thread(target=told.set, args=("", status.NOT_SERVING), daemon=True)
+                change.start()
+                change.join(20)
+                assert not change.is_alive(), "the change of health waits for callers that left"
+                assert health_of(channel, "") == status.NOT_SERVING
+    finally:
+        server.stop(0)
 
 
 def test_only_so_many_watch_health_at_one_time(written):
