@@ -168,7 +168,7 @@ class Controller:
         )
         self._console.say(
             f"attempt {events.attempt}: dp {mesh.dp} x pp {mesh.pp} on {placement.describe_text(self._pool.names())}, "
-            + (f"from the checkpoint of step {resume}" if resume is not None else "from initial weights")
+            + _origin(resume, config.model.from_)
         )
         specs = self._specs(placement, resume)
         committer = CheckpointCommitter(self._writer, config, mesh.world_size, self._audit)
@@ -340,3 +340,10 @@ class Controller:
             f"recovered in {total:.1f} s: step {loss.resume_step + 1} again, {loss.lost_step - loss.resume_step} steps "
             "recomputed, no row lost or repeated"
         )
+
+
+def _origin(resume: int | None, folder: str | None) -> str:
+    """What an attempt starts from, for people."""
+    if resume is not None:
+        return f"from the checkpoint of step {resume}"
+    return "from initial weights" if folder is None else f"from the weights in {folder}"
