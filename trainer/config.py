@@ -215,7 +215,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1)
     """Keep the newest so many."""
     keep_best: int = Field(1, ge=0)
-    """Keep so many more with the lowest evaluation loss."""
+    """Keep so many more that are best by the task's metric: the loss of language models, `classification.best`."""
     asynchronous: bool = True
     """Copy the state to host memory and write it beside training; false stands still until it is written."""
 
