@@ -230,9 +230,8 @@ def _evaluate(rank: Rank) -> EvalRecord | None:
             "earlier step."
         )
     task = rank.task
-    record = EvalRecord(
-        found.loss, perplexity(found.loss), found.tokens, found.metrics, metric=task.metric, better=task.better
-    )
+    told = None if task.num_labels else perplexity(found.loss)
+    record = EvalRecord(found.loss, told, found.tokens, found.metrics, metric=task.metric, better=task.better)
     samples = _samples(rank)
     if rank.reports:
         rank.hooks.report(EvalReport(rank.step, **asdict(record), samples=samples))

@@ -170,9 +170,10 @@ class EvalReport:
     step: int
     loss: float
     """Mean loss: of tokens, or of the task's other units."""
-    perplexity: float
+    perplexity: float | None
+    """Of language models; None for a classifier."""
     tokens: int
-    """Valid tokens, or the task's other units, evaluated."""
+    """Units that the loss is the mean of: tokens that count, or a classifier's rows."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The task's own metrics, by name."""
     samples: tuple[Sample, ...] = ()
