@@ -272,7 +272,8 @@ class TrainConfig(Section):
     global_batch: int = Field(32, ge=1, lt=2**31)
     """Rows per optimizer step, on every mesh."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows per forward pass of a rank; `auto` keeps a pipeline full and a micro-batch at 8 rows or fewer."""
+    """Rows per forward pass of a rank. `auto` takes what the planner finds fastest of what fits, where the memory of a
+    rank is known; elsewhere at most 8 rows, and few enough to keep a pipeline full."""
     recompute: Literal["none", "blocks"] = "none"
     """What the forward pass keeps for the backward pass: everything, or of each block only its input, at the price of
     computing the block twice."""
