@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_service.access import DataAccess
 from data_service.errors import ConfigError
+from trainer.adapters import Base
 from trainer.config import ModelConfig, TrainConfig
 from trainer.manifest import PartReceipt, TrainState
 from trainer.tasks.facts import TaskFacts
@@ -92,6 +93,9 @@ class WorkerSpec:
     """Network interface for collectives (`lo` on one machine); None leaves the choice to the backend."""
     samples: SampleWishes | None = None
     """What to generate at each evaluation; None for nothing."""
+    base: Base | None = None
+    """What adapters are trained on (`train.lora`). Whoever starts the ranks has read it: it may take longer than ranks
+    wait for each other."""
 
     def to_json(self) -> str:
         """One line of JSON."""
