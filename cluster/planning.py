@@ -28,14 +28,15 @@ _CPU_LINK_BYTES_S = 1e9
 """Gloo over loopback or a fast Ethernet, one way."""
 _GPU_RESERVE = 2**30
 """CUDA's context and kernels, beside what the allocator gives out."""
-_RANK_BYTES = {"cpu": 2**28, "cuda": 2**31}
-"""What a rank's libraries take of the machine's memory: on CPUs beside what its nursery shares with it; on GPUs it
-loads them itself, and CUDA with them."""
+_RANK_BYTES = {"cpu": 2**26, "cuda": 2**31}
+"""What a rank takes of the machine's memory before its model: on CPUs beside what its nursery shares with it (45 MiB
+with a tiny model); on GPUs it loads all libraries itself, and CUDA's with them (not measured)."""
 _NODE_BYTES = 3 * 2**28
-"""A local node: Ray's own processes, the agent, the nursery of its ranks."""
+"""A local node: Ray's processes, the agent, the nursery (720 MiB by proportional set size, ranks beside it)."""
 _HEAD_BYTES = 2**30
-"""The head, the controller, and the system under them."""
-_DATA_WORKER_BYTES = 2**28
+"""The head and the controller (850 MiB), and the system under them."""
+_DATA_WORKER_BYTES = 2**27
+"""A worker of the data service (90 MiB); its shards are pages of files, which give way."""
 
 
 def gib(num_bytes: float) -> str:

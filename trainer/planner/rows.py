@@ -4,6 +4,7 @@ Owns what limits a row, which keys ask for it, and which row is taken for `auto`
 `trainer.config` to say: every row is one that it accepts.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from data_service.errors import ConfigError
 from trainer.architecture import TransformerConfig
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import resolve_precision
-from trainer.planner.memory import Precision, RankMemory, Setting, rank_memory, stage_shapes
+from trainer.planner.memory import Precision, RankMemory, Setting, StageShape, rank_memory, stage_shapes
 from trainer.planner.speed import DeviceSpeed, StepEstimate, estimate_step, traffic_bytes
 from trainer.stages import stage_bounds
 from trainer.topology import BatchLayout
@@ -154,7 +155,7 @@ def row_of(task: PlanTask, setting: Setting) -> PlanRow:
         ConfigError: there are more stages than blocks.
     """
     layout = BatchLayout(task.train.global_batch, setting.dp, setting.pp, setting.micro_batch)
-    shapes = stage_shapes(task.model, stage_bounds(task.model, setting.pp))
+    shapes = list(_shapes(task.model, setting.pp))
     element = 4 if task.precision == "fp32" else 2
     optimizer = task.train.optimizer
     moments = 2 if optimizer.name != "sgd" else int(optimizer.momentum > 0)
@@ -192,6 +193,12 @@ def row_of(task: PlanTask, setting: Setting) -> PlanRow:
         _limit(task, layout, step, device_fits=device_fits, host_fits=host_fits),
         _keys(task, setting),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(config: TransformerConfig, pp: int) -> tuple[StageShape, ...]:
+    """What the stages hold, the same in many rows."""
+    return tuple(stage_shapes(config, stage_bounds(config, pp)))
 
 
 def _limit(task: PlanTask, layout: BatchLayout, step: StepEstimate, *, device_fits: bool, host_fits: bool) -> Limit:
