@@ -93,7 +93,7 @@ def test_a_rank_is_told_no_more_of_the_configuration_than_it_needs() -> None:
     assert set(json.loads(SPEC.to_json())) == {
         *("attempt", "rank", "world_size", "dp", "pp", "local_rank", "device", "master_addr", "master_port"),
         *("seed", "seq_len", "vocab_size", "model", "train", "data", "checkpoints_uri", "resume_step"),
-        *("facts", "threads", "interface", "samples"),
+        *("facts", "threads", "interface", "samples", "base"),
     }
     assert set(json.loads(SPEC.to_json())["data"]) == {
         *("control", "token", "order", "dataset_digest", "run_ahead", "hedge_s", "read_stall_s", "stalled_s")
