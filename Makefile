@@ -27,8 +27,9 @@ $(VENV): $(VENV)/.ready
 demo: $(VENV)/.ready
 	$(PY) -m examples.demo
 
+# Two processes, a file at a time: half of the tests wait for processes, clusters and deadlines.
 test: $(VENV)/.ready
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q --numprocesses 2 --dist loadfile
 
 test-long: $(VENV)/.ready
 	$(PY) -m pytest -q -m "not gpu" --timeout=3600

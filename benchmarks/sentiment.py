@@ -6,6 +6,7 @@ fifth is set aside as the test part. The rest is what `examples/sentiment_pretra
 part is looked at once, through the exported folders. Beside it stand the same fine-tuning from initial weights, and
 scikit-learn's logistic regression over TF-IDF of one to three characters, on the same texts.
 
+`--write examples/sentiment/train.csv` writes the reviews that seed 0 trains on where the two files look for them.
 Prints macro-F1s and confusion matrices, and ends with one line of JSON. CPU; `--seeds 1 --limit 600 --pretrain-steps 20
 --steps 20` shows that everything runs.
 """
@@ -83,7 +84,7 @@ def write_csv(path: Path, reviews: Reviews) -> None:
     """With the columns text and label."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["text", "label"])
         writer.writerows(reviews)
 
@@ -189,9 +190,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of fine-tuning, instead of what the YAML says")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="more for pre-training")
     parser.add_argument("--finetune", nargs="*", default=[], metavar="KEY=VALUE", help="more for fine-tuning")
+    parser.add_argument("--write", type=Path, metavar="CSV", help="write the reviews that seed 0 trains on, and end")
     parser.add_argument("--keep", type=Path, help="a folder for the runs, which stay there")
     arguments = parser.parse_args()
     reviews = read_reviews()
+    if arguments.write is not None:
+        train, test = divide(reviews, 0, arguments.limit)
+        write_csv(arguments.write, train)
+        print(f"{arguments.write}: {len(train)} reviews; {len(test)} more are set aside for tests")
+        return
     with tempfile.TemporaryDirectory(prefix="stormjib-sentiment-") as temporary:
         folder = arguments.keep.resolve() if arguments.keep else Path(temporary)
         found = [one_seed(seed, folder / f"seed{seed}", arguments, reviews) for seed in range(arguments.seeds)]

@@ -329,10 +329,10 @@ class Attempt:
             kind: Literal["finished", "stopped"] = "finished" if reason == "steps" else "stopped"
             return AttemptOutcome(kind, self._last_step, True, None, self.timing)
         self.timing.lost = time.monotonic()
-        self._commit()
         self._writer.events.enter(RunState.RECOVERING)
         self._end_ranks(watches)
         self.timing.stopped = time.monotonic()
+        self._commit()
         failure = classify_failure(
             sorted(self._exits.values(), key=lambda item: item.rank), frozenset(self._lost_nodes)
         )
@@ -364,7 +364,7 @@ class Attempt:
             self._commit()
 
     def _end_ranks(self, watches: Mapping[str, _Watch]) -> None:
-        """SIGKILL every rank of the attempt; agents that do not answer in time are lost. Collects the last exits."""
+        """SIGKILL every rank of the attempt; agents that do not answer in time are lost. Takes their last events."""
         stops = {
             watches[node].handle.stop_attempt.remote(self._number): node
             for node in watches
@@ -382,7 +382,16 @@ class Attempt:
                 self._lose(node)
                 continue
             for event in events:
-                if event.attempt == self._number and event.kind == "exit":
-                    self._handle(event, node)
+                if event.attempt == self._number:
+                    self._handle_late(event, node)
         for ref in silent:
             self._lose(stops[ref])
+
+    def _handle_late(self, event: AgentEvent, node: str) -> None:
+        """What was on its way when the ranks were ended: how they ended, and what they had done by then."""
+        if event.kind == "exit":
+            self._handle(event, node)
+        elif event.kind == "report" and self.timing.first_step is not None:
+            report = report_from_json(event.payload)
+            if isinstance(report, StepReport | EvalReport | PartReport):
+                self._handle_report(report)

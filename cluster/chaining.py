@@ -18,8 +18,12 @@ from data_service.manifest import tokenizer_uri
 from serve.exports import finished_exports
 from trainer import manifest
 from trainer.config import RUN_REFERENCE
+from trainer.errors import CheckpointError
 
 __all__ = ["Reference", "base_uri", "check_base", "choose_step", "parse_reference", "peek_base", "with_base"]
+
+_TRIES = 3
+"""How often a checkpoint is chosen where the other run removes what was chosen."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +110,40 @@ def with_base(config: RunConfig, say: Callable[[str], None]) -> RunConfig:
         say: is told what was taken.
 
     Raises:
-        ConfigError: the other run is not there, or has no such checkpoint.
+        ConfigError: the other run is not there, has no such checkpoint, or removes each one that is chosen.
         CheckpointError: its checkpoint is damaged.
     """
     reference = parse_reference(config.model.from_)
     if reference is None:
         return config
-    from trainer.export import export_checkpoint, read_provenance
+    from trainer.export import read_provenance
 
     uri = base_uri(config)
     if read_provenance(uri) is None:
-        folder = _other_run(config, reference)
-        step = choose_step(folder, reference.which)
-        dataset = folder.saved_config().get("data", {}).get("dataset") or f"{folder.root}/dataset"
-        export_checkpoint(folder.checkpoints_uri, step, uri, tokenizer_uri(dataset))
+        step = _copy(_other_run(config, reference), reference.which, uri)
         say(f"model.from={config.model.from_} is step {step}; its weights were copied to {uri}")
     return _from_folder(config, uri)
+
+
+def _copy(folder: RunFolder, which: str | int, uri: str) -> int:
+    """Export what a reference means; returns its step. A run that still trains may remove it meanwhile."""
+    from trainer.export import export_checkpoint
+
+    dataset = folder.saved_config().get("data", {}).get("dataset") or f"{folder.root}/dataset"
+    cause: Exception | None = None
+    for _ in range(_TRIES):
+        step = choose_step(folder, which)
+        try:
+            export_checkpoint(folder.checkpoints_uri, step, uri, tokenizer_uri(dataset))
+            return step
+        except (CheckpointError, FileNotFoundError) as error:
+            if step in manifest.list_complete(folder.checkpoints_uri):
+                raise  # it was not removed: it is damaged
+            cause = error
+    raise ConfigError(
+        f"model.from: {_TRIES} times the run in {folder.root} removed the checkpoint that was being copied: it is "
+        "still training. Wait until it has ended, or raise its train.checkpoint.keep_last."
+    ) from cause
 
 
 def _from_folder(config: RunConfig, uri: str) -> RunConfig:

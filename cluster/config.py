@@ -6,6 +6,7 @@ one section. Nothing here touches a cluster: the checks need the file alone.
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from data_service.config import DataConfig
 from data_service.errors import ConfigError
 from data_service.settings import Section
 from serve.config import ServeConfig
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import RUN_REFERENCE, ModelConfig, TrainConfig
 from trainer.observe.config import ObserveConfig
 
 __all__ = ["RunConfig", "dump_yaml", "load_config"]
@@ -193,10 +194,13 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _resolve_tokenizer(tokenizer: Any, run: Any) -> None:
-    """`run://NAME` is the tokenizer of a run below the same storage."""
+    """`run://NAME` is the tokenizer of a run below the same storage; a run has one, whichever step is named."""
     path = tokenizer.get("path") if isinstance(tokenizer, dict) else None
     if isinstance(path, str) and path.startswith("run://") and isinstance(run, dict):
-        tokenizer["path"] = f"{str(run['storage']).rstrip('/')}/{path.removeprefix('run://')}/dataset/tokenizer"
+        matched = re.fullmatch(RUN_REFERENCE, path)
+        if matched is None:
+            raise ConfigError(f"data.tokenizer.path={path!r} names no run. Write run://NAME.")
+        tokenizer["path"] = f"{str(run['storage']).rstrip('/')}/{matched['run']}/dataset/tokenizer"
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -29,6 +29,7 @@ from data_service.audit import SampleAudit
 from data_service.errors import ConfigError
 from data_service.manifest import DatasetManifest
 from trainer import manifest as checkpoints
+from trainer.adapters import Base, base_of
 from trainer.fences import raise_fence
 from trainer.protocol import WorkerSpec
 
@@ -78,6 +79,7 @@ class Controller:
         self._access: DataAccess | None = None
         self._told_skipped: set[int] = set()
         self._sound: set[int] = set()
+        self._base: Base | None = None
         self._audit = self._make_audit()
         self._watch = RunWatch(config, dataset, writer, console)
 
@@ -95,6 +97,7 @@ class Controller:
             return TrainOutcome("finished", found.step)
         if found is not None:
             check_cursor(self._config, self._dataset, found.state)
+        self._base = self._read_base()
         self._start_data()
         try:
             while True:
@@ -111,6 +114,14 @@ class Controller:
             if self._audit is not None:
                 self._audit.close()
             self._watch.close()
+
+    def _read_base(self) -> Base | None:
+        """What adapters are trained on, named by its content: read once, and not by ranks, whose peers would wait."""
+        folder = self._config.model.from_
+        if self._config.train.lora is None or folder is None:
+            return None
+        self._console.say(f"reading {folder}, which train.lora adapts, to name it by its content")
+        return base_of(folder)
 
     def _make_audit(self) -> SampleAudit | None:
         config = self._config
@@ -168,7 +179,7 @@ class Controller:
         )
         self._console.say(
             f"attempt {events.attempt}: dp {mesh.dp} x pp {mesh.pp} on {placement.describe_text(self._pool.names())}, "
-            + (f"from the checkpoint of step {resume}" if resume is not None else "from initial weights")
+            + _origin(resume, config.model.from_)
         )
         specs = self._specs(placement, resume)
         committer = CheckpointCommitter(self._writer, config, mesh.world_size, self._audit)
@@ -233,6 +244,7 @@ class Controller:
             threads=max(1, int(config.cluster.node.cpus_per_slot)),
             interface=self._pool.interface,
             samples=self._watch.sample_wishes(),
+            base=self._base,
         )
         by_node: dict[str, list[WorkerSpec]] = {}
         for rank in range(mesh.world_size):
@@ -340,3 +352,10 @@ class Controller:
             f"recovered in {total:.1f} s: step {loss.resume_step + 1} again, {loss.lost_step - loss.resume_step} steps "
             "recomputed, no row lost or repeated"
         )
+
+
+def _origin(resume: int | None, folder: str | None) -> str:
+    """What an attempt starts from, for people."""
+    if resume is not None:
+        return f"from the checkpoint of step {resume}"
+    return "from initial weights" if folder is None else f"from the weights in {folder}"

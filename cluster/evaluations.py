@@ -5,37 +5,52 @@ from typing import Any
 
 from trainer.protocol import EvalReport
 
-__all__ = ["class_table", "evaluation_line", "evaluation_record", "score_of"]
+__all__ = ["class_table", "evaluation_line", "evaluation_record", "scores_of"]
 
 
 def evaluation_record(report: EvalReport) -> dict[str, Any]:
     """What metrics.jsonl holds of an evaluation, beside its step."""
-    record: dict[str, Any] = {"loss": report.loss, "perplexity": report.perplexity, "tokens": report.tokens}
+    record: dict[str, Any] = {"loss": report.loss}
+    if report.perplexity is None:
+        record["rows"] = report.tokens
+    else:
+        record |= {"perplexity": report.perplexity, "tokens": report.tokens}
     if report.metrics:
         record |= {"metrics": report.metrics, "metric": report.metric, "better": report.better}
     return record
 
 
-def score_of(record: Mapping[str, Any]) -> float:
-    """How good an evaluation was by the task's own metric; lower is better."""
-    metric = record.get("metric", "loss")
-    found = float(record["loss"] if metric == "loss" else record["metrics"][metric])
-    return -found if record.get("better") == "higher" else found
+def scores_of(records: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """How good evaluations were, by step; lower is better.
+
+    All are scored by the metric of the newest one, because a run that goes on may name another metric; those that do
+    not have it have no score.
+    """
+    if not records:
+        return {}
+    newest = records[max(records)]
+    metric, sign = newest.get("metric", "loss"), -1.0 if newest.get("better") == "higher" else 1.0
+    values = {
+        step: record["loss"] if metric == "loss" else record.get("metrics", {}).get(metric)
+        for step, record in records.items()
+    }
+    return {step: sign * float(value) for step, value in values.items() if value is not None}
 
 
 def evaluation_line(step: int, record: Mapping[str, Any]) -> str:
     """One line for people: the loss, the perplexity of a language model, and the task's metrics of the whole."""
     told = [f"held-out loss {record['loss']:.4f}"]
-    if record.get("metric", "loss") == "loss":
+    if "perplexity" in record:
         told.append(f"perplexity {record['perplexity']:.2f}")
     told += [f"{name} {value:.4f}" for name, value in record.get("metrics", {}).items() if "/" not in name]
     return f"step {step}: {', '.join(told)}"
 
 
 def class_table(record: Mapping[str, Any]) -> Iterator[str]:
-    """Precision, recall, F1 and the confusion matrix by class, as lines; none where the task has no classes."""
+    """Precision, recall, F1 and the confusion matrix by class, as lines; none where the task does not tell them."""
     metrics: Mapping[str, float] = record.get("metrics", {})
-    labels = [name.removeprefix("f1/") for name in metrics if name.startswith("f1/")]
+    named = (name.removeprefix("f1/") for name in metrics if name.startswith("f1/"))
+    labels = [label for label in named if f"precision/{label}" in metrics and f"recall/{label}" in metrics]
     if not labels:
         return
     confusion = [f"confusion/{truth}/{said}" in metrics for truth in labels for said in labels]

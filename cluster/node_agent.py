@@ -166,7 +166,8 @@ class NodeAgent:
     async def stop_attempt(self, attempt: int) -> None:
         """SIGKILL all ranks of this attempt and of those before; returns when they are gone.
 
-        They send no exit event. The attempt cannot be started any more.
+        They send no exit event; what they reported before is there for the next `poll`. The attempt cannot be started
+        any more.
         """
         self._lease.renew()
         self._over_attempt = max(self._over_attempt, attempt)
@@ -232,7 +233,7 @@ class NodeAgent:
                 _log.error("a rank process of node %s is still there %s s after SIGKILL", self._node_id[:8], KILL_S)
 
     def _take_message(self, child: RankChild, message: dict[str, Any]) -> None:
-        if message["is"] == "report" and not child.killed:
+        if message["is"] == "report":  # also of a rank that was killed since: a part that is durable stays so
             self._emit("report", child.attempt, child.rank, message["payload"])
 
     def _take_exit(self, child: RankChild, code: int) -> None:

@@ -1,6 +1,7 @@
 """What the planner is asked for a run: slots, device, memory and speed, stated, of known GPUs or measured here.
 
-Owns where each figure is from, the choice of a micro-batch for `auto`, and the refusal of what does not fit.
+Owns where each figure is from, what cannot be planned, the choice of a micro-batch for `auto`, and the refusal of what
+does not fit.
 """
 
 import os
@@ -9,13 +10,16 @@ from collections.abc import Callable
 from typing import Literal
 
 from cluster.config import RunConfig
+from cluster.machine_memory import machine_bytes
 from data_service.errors import ConfigError
 from data_service.manifest import DatasetManifest
+from trainer.architecture import TransformerConfig
+from trainer.deepspeed_config import resolve_precision
 from trainer.observe.peaks import known_peak, peak_flops
 from trainer.planner.rows import PlanRow, PlanTask, best_row, plan_rows, row_of, wanted_setting
 from trainer.planner.speed import DeviceSpeed
 
-__all__ = ["EFFICIENCY", "check_fits", "gib", "laid_out", "plan_task"]
+__all__ = ["EFFICIENCY", "check_fits", "gib", "laid_out", "num_labels", "plan_task", "unplanned"]
 
 EFFICIENCY = {"cuda": 0.4, "cpu": 0.7}
 """Share of the peak that training is taken to reach where nobody states it: of a GPU's data sheet, or of what a matrix
@@ -24,6 +28,15 @@ _CPU_LINK_BYTES_S = 1e9
 """Gloo over loopback or a fast Ethernet, one way."""
 _GPU_RESERVE = 2**30
 """CUDA's context and kernels, beside what the allocator gives out."""
+_RANK_BYTES = {"cpu": 2**26, "cuda": 2**31}
+"""What a rank takes of the machine's memory before its model: on CPUs beside what its nursery shares with it (45 MiB
+with a tiny model); on GPUs it loads all libraries itself, and CUDA's with them (not measured)."""
+_NODE_BYTES = 3 * 2**28
+"""A local node: Ray's processes, the agent, the nursery (720 MiB by proportional set size, ranks beside it)."""
+_HEAD_BYTES = 2**30
+"""The head and the controller (850 MiB), and the system under them."""
+_DATA_WORKER_BYTES = 2**27
+"""A worker of the data service (90 MiB); its shards are pages of files, which give way."""
 
 
 def gib(num_bytes: float) -> str:
@@ -34,7 +47,7 @@ def gib(num_bytes: float) -> str:
 def plan_task(
     config: RunConfig,
     vocab_size: int,
-    num_labels: int,
+    num_labels: int | None,
     *,
     gpu: str | None = None,
     memory_gib: float | None = None,
@@ -46,7 +59,7 @@ def plan_task(
     Args:
         config: the run.
         vocab_size: of the tokenizer.
-        num_labels: classes of the task's head; 0 for a language model.
+        num_labels: classes of the task's head; 0 for a language model, None where nobody knows (`unplanned`).
         gpu: name of the GPU, such as H100, where this machine does not tell.
         memory_gib: of one rank's device; by default that of a known GPU, or a share of this machine's for local nodes.
         efficiency: share of the peak that training reaches; by default `EFFICIENCY`.
@@ -55,23 +68,22 @@ def plan_task(
     Raises:
         ConfigError: the GPU is not known, and no memory and peak are stated.
     """
-    from trainer.architecture import TransformerConfig
-    from trainer.deepspeed_config import resolve_precision
-
     device: Literal["cpu", "cuda"] = "cuda" if config.cluster.node.gpus and config.train.device != "cpu" else "cpu"
     precision = resolve_precision(config.train, device)
     stated = config.observe.peak_tflops
     share = efficiency if efficiency is not None else EFFICIENCY[device]
     memory = None if memory_gib is None else int(memory_gib * 2**30)
-    host: int | None = None
+    is_here = _is_local(config)
     if device == "cuda":
-        found = known_peak(gpu or _own_gpu())
+        own = "" if gpu else _own_gpu()
+        name, is_here = gpu or own, is_here and own != ""
+        found = known_peak(name)
         if found is None and stated is None:
             raise ConfigError(
-                f"the GPU {(gpu or _own_gpu()) or 'of this run'!r} is not known here. Name it (--gpu H100), or state "
+                f"the GPU {name or 'of this run'!r} is not known here. Name it (--gpu H100), or state "
                 "observe.peak_tflops and --memory-gib."
             )
-        flops = peak_flops(gpu or _own_gpu(), precision, stated)
+        flops = peak_flops(name, precision, stated)
         assert flops is not None, "a peak is known or stated"
         link = (found.link_gb_s if found else 32.0) * 1e9
         if memory is None and found is not None:
@@ -87,18 +99,19 @@ def plan_task(
         else:
             flops, source = 5e10 * cores, "50 GFLOP/s a core, unmeasured (--measure)"
         speed = DeviceSpeed(flops, share, _CPU_LINK_BYTES_S, is_gpu=False, source=source)
-        if memory is None and _is_local(config):
-            memory = _machine_bytes() // config.cluster.total_slots
+    cluster = config.cluster
     return PlanTask(
         train=config.train,
-        model=TransformerConfig.from_section(config.model, vocab_size, config.data.seq_len, num_labels),
+        model=_model(config, vocab_size, num_labels),
         seq_len=config.data.seq_len,
-        slots=config.cluster.total_slots,
+        slots=cluster.total_slots,
         device=device,
         precision=precision,
         speed=speed,
         memory_bytes=memory,
-        host_bytes=host,
+        shared_bytes=_bytes_for_ranks(config) if is_here else None,
+        rank_bytes=_RANK_BYTES[device],
+        most_stages=cluster.min_nodes * cluster.node.slots if cluster.elastic else None,
         isolate_documents=config.data.isolate_documents,
     )
 
@@ -113,52 +126,98 @@ def check_fits(task: PlanTask) -> PlanRow:
     chosen = best_row(task, rows)
     if chosen is not None:
         return chosen
-    wanted = row_of(task, wanted_setting(task))
-    assert task.memory_bytes is not None, "without a limit everything fits"
+    asked = _lacking(task, row_of(task, wanted_setting(task)))
     fitting = next((row for row in rows if row.fits), None)
-    asked = f"a rank needs {gib(wanted.peak_bytes)}, and its device has {gib(task.memory_bytes)}"
     if fitting is None:
         raise ConfigError(
             f"The run does not fit: {asked}; no legal layout of this model over {task.slots} slots does. Lower "
             "data.seq_len or the model, or take more or larger devices."
         )
-    keys = " ".join(f"{key}={value}" for key, value in fitting.keys().items())
+    keys = " ".join(f"{key}={value}" for key, value in fitting.keys.items())
     raise ConfigError(f"The run does not fit: {asked}. This fits, with {gib(fitting.peak_bytes)}: {keys}")
 
 
-def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> RunConfig:
-    """The run with the best micro-batch that fits where the file says `auto`.
+def unplanned(config: RunConfig) -> str | None:
+    """Why nobody can tell whether the run fits: a sentence; None where the plan can."""
+    if config.train.lora is not None:
+        return "train.lora: adapters are not planned, and with all weights trained these figures are an upper bound"
+    if ":" in config.train.task:
+        return (
+            f"train.task={config.train.task}: what a task of your own puts on the model is not known before it is "
+            "loaded, and is planned as a language model's head, or as that of two classes on an encoder"
+        )
+    return None
 
-    Nothing is planned for adapters, whose states are small, nor for GPUs that are not known here.
+
+def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> RunConfig:
+    """The run with the best micro-batch that fits, where the file says `auto` and the memory of a rank is known.
+
+    Nothing is planned for what `unplanned` names, nor for GPUs that are not known here: it trains as the file says.
 
     Raises:
         ConfigError: the run does not fit; the message names the row that would, where one does.
     """
-    if config.train.lora is not None:
+    if unplanned(config) is not None:
         return config
-    num_labels = len(dataset.labels) if config.train.task == "text_classification" else 0
     try:
-        task = plan_task(config, dataset.vocab_size, num_labels)
+        task = plan_task(config, dataset.vocab_size, num_labels(config, dataset))
     except ConfigError as error:
         say(f"the run is not planned: {error}")
         return config
     row = check_fits(task)
     say(f"planned: micro-batches of {row.layout.micro_batch} rows, at most {gib(row.peak_bytes)} a rank")
-    if config.train.micro_batch != "auto":
+    if config.train.micro_batch != "auto" or row.device_limit is None:
         return config
     train = config.train.model_copy(update={"micro_batch": row.layout.micro_batch})
     return config.model_copy(update={"train": train})
 
 
+def num_labels(config: RunConfig, dataset: DatasetManifest | None) -> int | None:
+    """Classes of the task's head: of the prepared dataset, before that two for all; None where nobody knows."""
+    if ":" in config.train.task:
+        return None
+    if config.train.task != "text_classification":
+        return 0
+    return 2 if dataset is None else max(2, len(dataset.labels))
+
+
+def _model(config: RunConfig, vocab_size: int, labels: int | None) -> TransformerConfig:
+    if labels is not None:
+        return TransformerConfig.from_section(config.model, vocab_size, config.data.seq_len, labels)
+    try:
+        return _model(config, vocab_size, 0)
+    except ConfigError:  # an encoder, or a classifier
+        return _model(config, vocab_size, 2)
+
+
+def _lacking(task: PlanTask, row: PlanRow) -> str:
+    """What a row that does not fit needs, and what is there."""
+    ranks = row.setting.dp * row.setting.pp
+    share = f"its share of this machine's memory, one of {ranks}, is"
+    if row.limit == "host memory":
+        assert row.host_limit is not None, "a limit is passed"
+        return f"a rank needs {gib(row.host_bytes)} of its host's memory, and {share} {gib(row.host_limit)}"
+    assert row.device_limit is not None, "a limit is passed"
+    there = "its device has" if task.device == "cuda" or task.memory_bytes is not None else share
+    return f"a rank needs {gib(row.peak_bytes)}, and {there} {gib(row.device_limit)}"
+
+
 def _is_local(config: RunConfig) -> bool:
-    """Whether the nodes will be on this machine."""
-    return config.cluster.address == "local" or (config.cluster.address == "auto" and "RAY_ADDRESS" not in os.environ)
+    """Whether the nodes will be on this machine, as `cluster.ray_session` decides."""
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    given = os.environ.get("RAY_ADDRESS", "")
+    return config.cluster.address == "local" or (
+        config.cluster.address == "auto" and not in_job and given in ("", "local")
+    )
 
 
-def _machine_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
+def _bytes_for_ranks(config: RunConfig) -> int:
+    """This machine's memory, less what a run with local nodes takes beside its ranks."""
+    cluster, service = config.cluster, config.data.service
+    workers = 0 if service.address else service.workers
+    stores = (cluster.nodes + 1) * cluster.object_store_bytes
+    beside = _HEAD_BYTES + cluster.nodes * _NODE_BYTES + stores + workers * _DATA_WORKER_BYTES
+    return max(0, machine_bytes() - beside)
 
 
 def _own_gpu() -> str:

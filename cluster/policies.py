@@ -16,6 +16,9 @@ __all__ = [
 
 FailureCause = Literal["node", "infrastructure", "program"]
 
+_ECHOES = ("WorkerLostError", "CollectiveTimeoutError")
+"""What a rank says that waited for another one."""
+
 MAX_FUTILE_RECOVERIES = 5
 """Recoveries in a row after which not one new step was reached: the run fails instead of going round for ever."""
 
@@ -67,8 +70,8 @@ def classify_failure(exits: Sequence[RankExit], lost_nodes: frozenset[str]) -> F
     """Name the cause behind the exits of an attempt.
 
     A lost node explains everything else; a damaged checkpoint is left out by the next attempt. A rank killed by a
-    signal, or whose error says `retryable`, is the machines' fault. What remains is the program's, and the first error
-    that is not a mere echo of a lost peer is named.
+    signal, or whose error says `retryable`, is the machines' fault. What remains is the program's. The first error that
+    is not a mere echo of a lost peer is named.
     """
     if lost_nodes:
         names = ", ".join(sorted(node[:8] for node in lost_nodes))
@@ -86,6 +89,9 @@ def classify_failure(exits: Sequence[RankExit], lost_nodes: frozenset[str]) -> F
         first = own[0]
         return Failure("program", f"rank {first.rank} failed: {first.error}", lost_nodes)
     if exits:
+        causes = [item for item in exits if item.error_type is not None and item.error_type not in _ECHOES]
+        if causes:
+            return Failure("infrastructure", f"rank {causes[0].rank} failed: {causes[0].error}", lost_nodes)
         first = exits[0]
         return Failure("infrastructure", f"rank {first.rank} lost its peers: {first.error}", lost_nodes)
     return Failure("infrastructure", "the ranks stopped answering", lost_nodes)

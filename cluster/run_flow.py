@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import NoReturn
 
 from cluster.chaining import check_base, with_base
 from cluster.config import RunConfig
@@ -16,7 +17,7 @@ from cluster.planning import laid_out
 from cluster.promotion import Export, newest_export, promote
 from cluster.ray_map import ray_mapper
 from cluster.ray_session import Session, open_session
-from cluster.run_data import check_resume, dataset_of_run, service_token
+from cluster.run_data import check_resume, dataset_of_run, service_token, task_facts
 from cluster.run_store import RunFolder, RunWriter
 from cluster.states import RunState
 from cluster.stop_signal import StopSignal
@@ -54,7 +55,7 @@ def run_all(config: RunConfig, console: RunConsole) -> int:
         with _opened(config) as writer, StopSignal(writer.stop_requested, console.say) as stop:
             session = outlives_training.enter_context(open_session(config.cluster, config.serve))
             check_deployable(config.serve, local=session.is_local)
-            export = _train(config, session, writer, console, stop)
+            export = _train(config, session, writer, console, stop, to_serve=True)
             if export is None:
                 return 130 if stop.interrupted else 0
             endpoint = _deploy(config, session, export, console)
@@ -93,16 +94,34 @@ def _check_early(config: RunConfig) -> None:
 
 
 def _check_servable(config: RunConfig) -> None:
-    """Refuse what an endpoint cannot answer with.
+    """Refuse what an endpoint cannot answer with, as far as the file tells.
 
     Raises:
         ConfigError: the run trains a classifier.
     """
     if config.train.task == "text_classification":
-        raise ConfigError(
-            "train.task=text_classification: the endpoint generates text, and a classifier has none. Use `stormjib "
-            "train`, whose export `transformers` loads as AutoModelForSequenceClassification."
-        )
+        _refuse_classifier(config.train.task)
+
+
+def _check_task_servable(config: RunConfig, manifest: DatasetManifest) -> None:
+    """Refuse a user's own task whose model an endpoint cannot answer with; only the task knows, with its dataset.
+
+    Raises:
+        ConfigError: the task trains a classifier, or cannot be made.
+    """
+    if ":" not in config.train.task:
+        return
+    from trainer.tasks.make import make_task
+
+    if make_task(config.train, task_facts(config, manifest)).num_labels:
+        _refuse_classifier(config.train.task)
+
+
+def _refuse_classifier(task: str) -> NoReturn:
+    raise ConfigError(
+        f"train.task={task}: the endpoint generates text, and a classifier has none. Use `stormjib train`, whose "
+        "export `transformers` loads as AutoModelForSequenceClassification."
+    )
 
 
 @contextmanager
@@ -122,7 +141,13 @@ def _opened(config: RunConfig) -> Iterator[RunWriter]:
 
 
 def _train(
-    config: RunConfig, session: Session, writer: RunWriter, console: RunConsole, stop: StopSignal
+    config: RunConfig,
+    session: Session,
+    writer: RunWriter,
+    console: RunConsole,
+    stop: StopSignal,
+    *,
+    to_serve: bool = False,
 ) -> Export | None:
     """Prepare, train, export; None when the run was stopped on request."""
     with NodePool(config, session, writer, console) as pool:
@@ -138,6 +163,8 @@ def _train(
             )
         seconds = time.monotonic() - began
         _tell_dataset(config, manifest, seconds, writer, console)
+        if to_serve:
+            _check_task_servable(config, manifest)
         config = laid_out(config, manifest, console.say)
         outcome = Controller(config, pool, writer, console, manifest, stop).train()
         if outcome.reason == "stopped":

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from cluster.config import RunConfig, dump_yaml
-from cluster.evaluations import score_of
+from cluster.evaluations import scores_of
 from cluster.events import Event, EventLog
 from cluster.folder_lock import FolderLock
 from cluster.journal import Journal, open_journal, read_journal
@@ -33,7 +33,7 @@ class StepHistory:
     @property
     def scores(self) -> dict[int, float]:
         """How good each evaluation was by the task's own metric; lower is better."""
-        return {step: score_of(values) for step, values in self.evals.items()}
+        return scores_of(self.evals)
 
     @property
     def last_step(self) -> int:

@@ -4,11 +4,13 @@ Owns the recorder of a run, the tokenizer that prompts and samples go through, a
 counts is written elsewhere (`RunWriter`); nothing here may end a run.
 """
 
+import logging
 import time
 
 from cluster.config import RunConfig
 from cluster.console import RunConsole
 from cluster.run_store import RunWriter
+from data_service.errors import StormjibError
 from data_service.manifest import DatasetManifest, tokenizer_uri
 from data_service.tokenizer import load_encoder
 from trainer.metrics import RunFacts
@@ -17,6 +19,8 @@ from trainer.observe.recorder import open_recorder
 from trainer.protocol import EvalReport, ProfileSteps, ReadyReport, SampleWishes, StepReport, WorkerSpec
 
 __all__ = ["RunWatch"]
+
+_log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 2.0
 _SHOWN = 200
@@ -38,6 +42,7 @@ class RunWatch:
         self._eos_id = dataset.eos_id
         self._facts = RunFacts(1, 0)
         self._looked = time.monotonic()
+        self._told_failure = False
         self._seen = (writer.folder.profile_request() or (0, 0))[0]
 
     def sample_wishes(self) -> SampleWishes | None:
@@ -82,11 +87,17 @@ class RunWatch:
             self._console.say(f"step {report.step}: {prompt[-_SHOWN:]!r} goes on {text[:_SHOWN]!r}")
 
     def wanted_trace(self) -> ProfileSteps | None:
-        """A request for a trace that is new since the last look; looks every 2 s."""
+        """A request for a trace that is new since the last look; looks every 2 s. A store that fails has none."""
         if time.monotonic() - self._looked < _LOOK_EVERY_S:
             return None
         self._looked = time.monotonic()
-        found = self._writer.folder.profile_request()
+        try:
+            found = self._writer.folder.profile_request()
+        except (OSError, StormjibError) as error:
+            if not self._told_failure:
+                self._told_failure = True
+                _log.warning("requests for traces cannot be read from %s: %s", self._writer.folder.profile_uri, error)
+            return None
         if found is None or found[0] <= self._seen:
             return None
         self._seen, steps = found

@@ -36,7 +36,8 @@ class DataClient:
         """The plan of a split for the order in `DataAccess`; asked for once, waiting up to `stalled_s` for an answer.
 
         Raises:
-            ConfigError: when the split holds no rows, or the service holds another dataset.
+            EmptySplitError: when the split holds no rows.
+            ConfigError: when the service holds another dataset, or cannot put this one in such an order.
             CursorMismatchError: when the service makes plans of another version.
             DataUnavailableError: when no control plane answers in time.
         """

@@ -25,6 +25,7 @@ from data_service.errors import (
     CursorMismatchError,
     DataError,
     DataUnavailableError,
+    EmptySplitError,
     ShardCorruptError,
 )
 from data_service.members import KnownMembers, Member, MembersAnswer
@@ -161,6 +162,7 @@ class Connections:
 
         Raises:
             DataUnavailableError: when none answers.
+            EmptySplitError: when a plan was asked for, and the split holds no row.
             ConfigError: when what was asked for cannot be had.
             DataError: when the call was refused.
         """
@@ -170,6 +172,8 @@ class Connections:
                 return getattr(stub, method)(request, timeout=timeout_s, metadata=bearer_metadata(self._access.token))
             except grpc.RpcError as error:
                 code, details = error.code(), error.details()
+                if code == grpc.StatusCode.NOT_FOUND:
+                    raise EmptySplitError(str(details)) from error
                 if code == grpc.StatusCode.FAILED_PRECONDITION:
                     raise ConfigError(str(details)) from error
                 if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from data_service import control_pb2 as pb
 from data_service import control_pb2_grpc as pb_grpc
 from data_service.bearer import BearerToken
-from data_service.errors import ConfigError
+from data_service.errors import ConfigError, EmptySplitError
 from data_service.health import BoundedHealth
 from data_service.manifest import SPLITS, DatasetManifest, read_manifest
 from data_service.membership import HEARTBEAT_S, Membership
@@ -148,6 +148,8 @@ class _Servicer(pb_grpc.DataControlServicer):
         self._check_dataset(request.dataset_digest, "the run reads", context)
         try:
             plan_json = self._plan_json(request.split, request.order_json)
+        except EmptySplitError as error:
+            context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except ConfigError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except (ValueError, ArithmeticError) as error:

@@ -2,6 +2,7 @@
 
 StormjibError
 ├── ConfigError                 the user's mistake: exit 2
+│   └── EmptySplitError         the dataset holds no row of a split
 └── DataError
     ├── SourceError             a source cannot be read, or too many records are bad: exit 2
     ├── ShardCorruptError       a shard's bytes do not match its checksum
@@ -18,6 +19,7 @@ __all__ = [
     "DataStalledError",
     "DataUnavailableError",
     "DeliveryError",
+    "EmptySplitError",
     "ShardCorruptError",
     "SourceError",
     "StormjibError",
@@ -35,6 +37,10 @@ class ConfigError(StormjibError):
     """What the user asked for cannot be done; the message says what to change."""
 
     exit_code = 2
+
+
+class EmptySplitError(ConfigError):
+    """The dataset holds no row of a split."""
 
 
 class DataError(StormjibError):

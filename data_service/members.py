@@ -152,10 +152,11 @@ class KnownMembers:
             self._doubts[member.worker_id] = _Doubt(strikes + 1, since, until, kind == "silent")
             if kind == "failed" and self._reports.qsize() < _MAX_REPORTS:
                 self._reports.put((member.worker_id, reason))
+        said = ascii(reason)[1:-1]  # it may quote anything, and a log takes no lone surrogate
         if kind == "silent":
-            _LOG.info("data worker %s: %s. Asking another too.", member.address, reason)
+            _LOG.info("data worker %s: %s. Asking another too.", member.address, said)
             return
-        _LOG.warning("data worker %s failed: %s. Asking others first.", member.address, reason)
+        _LOG.warning("data worker %s failed: %s. Asking others first.", member.address, said)
         self._wake.set()
 
     def served(self, worker_id: str) -> None:

@@ -10,7 +10,6 @@ Filesystems are created on first use in the process that uses them, never inheri
 
 import asyncio
 import functools
-import io
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from data_service.errors import ConfigError
 
@@ -27,10 +26,10 @@ __all__ = [
     "ReplacedError",
     "call",
     "configure_s3",
+    "deadline_s",
     "fetch",
     "filesystem",
     "is_s3",
-    "open_remote",
     "retry",
     "s3_environment",
     "s3_variables",
@@ -54,7 +53,6 @@ _SILENT_TRANSFER_S = 60.0
 _REQUEST_S = 30.0
 _SLOWEST_BYTES_PER_S = 256 * 2**10
 """A transfer that is slower than this on the whole has failed, however steadily it drips."""
-_STREAM_PIECE = 8 << 20
 _BODY_PART = 1 << 20
 
 _PASSING_STATUS = (408, 409, 429, 500, 502, 503, 504)
@@ -176,11 +174,12 @@ def call(fs: Any, method: str, *arguments: Any, num_bytes: int = 0, **named: Any
         **named: passed on.
     """
     if getattr(fs, "async_impl", False):
-        named["timeout"] = _deadline_s(num_bytes)
+        named["timeout"] = deadline_s(num_bytes)
     return getattr(fs, method)(*arguments, **named)
 
 
-def _deadline_s(num_bytes: int) -> float:
+def deadline_s(num_bytes: int) -> float:
+    """How long one request may take that moves so many bytes."""
     return _REQUEST_S + num_bytes / _SLOWEST_BYTES_PER_S
 
 
@@ -330,7 +329,7 @@ async def _get(fs: Any, path: str, start: int, length: int, tag: str | None, hea
     async with asyncio.timeout(_REQUEST_S):
         response = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=asked, **match)
     try:
-        async with asyncio.timeout(_deadline_s(response["ContentLength"])):
+        async with asyncio.timeout(deadline_s(response["ContentLength"])):
             parts = []
             while part := await response["Body"].read(_BODY_PART):
                 heard()
@@ -348,58 +347,3 @@ async def _get(fs: Any, path: str, start: int, length: int, tag: str | None, hea
     if size is not None and len(data) != max(0, min(length, size - start)):
         raise _ShortBodyError(f"{len(data)} bytes came of {asked} of {size}")
     return Piece(data, size, response.get("ETag"))
-
-
-class _RemoteInput(io.RawIOBase):
-    """A file of a store, read by ranges; a range that breaks off is asked for again, and never ends the file."""
-
-    def __init__(self, uri: str, size: int, tag: str | None) -> None:
-        self._uri = uri
-        self._size = size
-        self._tag = tag
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def readinto(self, buffer: Any, /) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self._next(len(view))
-        view[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return b"".join(iter(lambda: self._next(_STREAM_PIECE), b""))  # Python's own would ask for 8 KiB at a time
-
-    def _next(self, most: int) -> bytes:
-        length = max(0, min(most, _STREAM_PIECE, self._size - self._place))
-        data = fetch(self._uri, self._place, length, self._tag).data
-        if len(data) != length:
-            raise ReplacedError(f"{self._uri} had {self._size} bytes and is shorter now. Read it again.")
-        self._place += length
-        return data
-
-
-def open_remote(uri: str) -> BinaryIO:
-    """A readable, seekable, buffered stream of a remote file, which must not change meanwhile.
-
-    Raises:
-        FileNotFoundError: when it is not there, or a folder.
-    """
-    fs, path = filesystem(uri)
-    found = retry(f"opening {uri}", lambda: call(fs, "info", path))
-    if found["type"] == "directory":
-        raise FileNotFoundError(f"{uri} is a folder.")
-    tag = found.get("ETag") if is_s3(uri) else None
-    return io.BufferedReader(_RemoteInput(uri, int(found["size"]), tag or None), _STREAM_PIECE)

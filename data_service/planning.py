@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from data_service.errors import ConfigError, CursorMismatchError
+from data_service.errors import ConfigError, CursorMismatchError, EmptySplitError
 from data_service.manifest import DatasetManifest, PartInfo, sources_without_rows
 from data_service.plan import MAX_PLAN_BYTES, PLAN_VERSION, OrderSpec, Plan, PlanPart, Segment, Split
 
@@ -20,8 +20,9 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
     """The plan of a split of a prepared dataset.
 
     Raises:
-        ConfigError: when the split holds no row, rows were prepared for another length, weights name other sources, or
-            there are more parts, rows or shards than a plan can hold.
+        EmptySplitError: when the split holds no row.
+        ConfigError: when rows were prepared for another length, weights name other sources, or there are more parts,
+            rows or shards than a plan can hold.
     """
     if manifest.row_tokens and manifest.row_tokens != spec.seq_len + 1:
         raise ConfigError(
@@ -30,7 +31,7 @@ def make_plan(manifest: DatasetManifest, split: Split, spec: OrderSpec) -> Plan:
         )
     parts = _parts_of(manifest, split, spec.seq_len)
     if not parts:
-        raise ConfigError(
+        raise EmptySplitError(
             f"the {split} split was asked for, it holds no documents. "
             + ("Set data.split.eval above 0 and prepare again." if split == "eval" else "Add text to data.sources.")
         )

@@ -20,7 +20,8 @@ from typing import BinaryIO, Literal, cast
 
 from data_service.conditional_put import check_conditional_put, put_new
 from data_service.errors import ConfigError
-from data_service.object_store import call, configure_s3, fetch, filesystem, is_s3, open_remote, retry, s3_environment
+from data_service.object_store import call, configure_s3, fetch, filesystem, is_s3, retry, s3_environment
+from data_service.remote_input import open_remote
 from data_service.upload import upload
 
 __all__ = [

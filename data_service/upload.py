@@ -7,12 +7,13 @@ cut off by a kill leaves its pieces to the bucket's lifecycle rule for unfinishe
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from data_service.errors import ConfigError
-from data_service.object_store import call, filesystem, retry
+from data_service.object_store import deadline_s, filesystem, retry
 
 __all__ = ["upload"]
 
@@ -21,8 +22,8 @@ _PIECE_BYTES = 32 << 20
 _MOST_PIECES = 9_000
 """S3 takes 10,000."""
 _PARALLEL = 4
-_REQUEST_S = 30.0
-_SLOWEST_BYTES_PER_S = 256 * 2**10
+_MARK = "upload"
+"""The metadata that says which upload made an object: another writer's may be as long."""
 
 
 def upload(uri: str, file: BinaryIO, num_bytes: int) -> None:
@@ -52,7 +53,9 @@ def upload(uri: str, file: BinaryIO, num_bytes: int) -> None:
         data = piece(0)
         retry(f"writing {uri}", lambda: ask("put_object", len(data), Body=data))
         return
-    upload_id = retry(f"writing {uri}", lambda: ask("create_multipart_upload"))["UploadId"]
+    mark = uuid.uuid4().hex
+    begun = retry(f"writing {uri}", lambda: ask("create_multipart_upload", Metadata={_MARK: mark}))
+    upload_id = begun["UploadId"]
 
     def send(number: int) -> dict[str, Any]:
         data = piece((number - 1) * piece_bytes)
@@ -70,20 +73,22 @@ def upload(uri: str, file: BinaryIO, num_bytes: int) -> None:
             finally:
                 for one in sending:
                     one.cancel()
-        _finish(uri, num_bytes, lambda: ask("complete_multipart_upload", UploadId=upload_id, MultipartUpload=pieces))
+        _finish(uri, mark, ask, UploadId=upload_id, MultipartUpload=pieces)
     except BaseException:
         with contextlib.suppress(OSError, ConfigError):
             retry(f"giving up {uri}", lambda: ask("abort_multipart_upload", UploadId=upload_id))
         raise
 
 
-def _finish(uri: str, num_bytes: int, complete: Callable[[], Any]) -> None:
-    """Put the pieces together; an answer that got lost is no failure."""
+def _finish(uri: str, mark: str, ask: Callable[..., dict[str, Any]], **fields: Any) -> None:
+    """Put the pieces together; an answer that got lost is no failure where the object bears this upload's mark."""
     try:
-        retry(f"writing {uri}", complete)
+        retry(f"writing {uri}", lambda: ask("complete_multipart_upload", **fields))
     except OSError:
-        fs, path = filesystem(uri)
-        if retry(f"looking at {uri}", lambda: int(call(fs, "size", path))) != num_bytes:
+        found: dict[str, Any] = {}
+        with contextlib.suppress(OSError):
+            found = retry(f"looking at {uri}", lambda: ask("head_object"))
+        if found.get("Metadata", {}).get(_MARK) != mark:
             raise
 
 
@@ -91,5 +96,4 @@ def _ask(fs: Any, method: str, num_bytes: int, **fields: Any) -> dict[str, Any]:
     """One request, with a deadline."""
     from fsspec.asyn import sync
 
-    timeout_s = _REQUEST_S + num_bytes / _SLOWEST_BYTES_PER_S
-    return cast(dict[str, Any], sync(fs.loop, fs._call_s3, method, timeout=timeout_s, **fields))
+    return cast(dict[str, Any], sync(fs.loop, fs._call_s3, method, timeout=deadline_s(num_bytes), **fields))

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data_service.errors import ConfigError
 from data_service.schema import NO_LABEL, BatchSlice
 from trainer.config import TrainConfig
 from trainer.tasks.base import Outputs, Sums, Targets
@@ -32,7 +33,16 @@ class OrdinalClasses:
     better: Literal["lower", "higher"] = "lower"
 
     def __init__(self, train: TrainConfig, facts: TaskFacts) -> None:
-        """Take the classes from the dataset."""
+        """Take the classes from the dataset.
+
+        Raises:
+            ConfigError: there are fewer than two.
+        """
+        if len(facts.labels) < 2:
+            raise ConfigError(
+                f"train.task={train.task}: the dataset has {len(facts.labels)} classes, and an order needs two. Name "
+                "the column of the classes with data.sources.N.label, and set data.rows=document."
+            )
         self.num_labels = len(facts.labels)
 
     def count(self, rows: BatchSlice) -> int:
@@ -40,8 +50,13 @@ class OrdinalClasses:
         return 0 if rows.labels is None else int((rows.labels != NO_LABEL).sum())
 
     def targets(self, rows: TaskRows, weight: float) -> Targets:
-        """Class numbers, fp32 [B], and weights, fp32 [B], 0 where a row has no class."""
-        assert rows.classes_B is not None, "data.sources.N.label names the column of the classes"
+        """Class numbers, fp32 [B], and weights, fp32 [B], 0 where a row has no class.
+
+        Raises:
+            ConfigError: rows are no documents, and carry no classes.
+        """
+        if rows.classes_B is None:
+            raise ConfigError("the rows carry no classes: a row must be one text. Set data.rows=document.")
         there_B = rows.classes_B >= 0
         return rows.classes_B.clamp(min=0).float(), torch.where(there_B, weight, 0.0).float()
 

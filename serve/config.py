@@ -38,7 +38,7 @@ class ServeConfig(Section):
     """The inference endpoint."""
 
     promote: Literal["best", "last"] = "best"
-    """Which checkpoint is exported and served: the lowest evaluation loss, or the newest."""
+    """Which checkpoint is exported and served: the best by the task's metric on the held-out split, or the newest."""
     model_name: str | None = None
     """The `model` clients ask for; by default the run's name."""
     replicas: ReplicasConfig = ReplicasConfig()

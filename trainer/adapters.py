@@ -108,15 +108,18 @@ def base_of(folder: str) -> Base:
     return Base(folder, digest.hexdigest())
 
 
-def check_base(base: Base) -> None:
+def check_base(base: Base, found: Base) -> None:
     """See that a folder still holds the weights that adapters were trained on.
 
+    Args:
+        base: what they were trained on.
+        found: what is there now.
+
     Raises:
-        ConfigError: it does not.
+        ConfigError: it is something else.
     """
-    found = base_of(base.folder).digest
-    if found != base.digest:
+    if found.digest != base.digest:
         raise ConfigError(
-            f"{base.folder} held the weights {base.digest} when its adapters were trained, and holds {found} now. "
-            "Restore the folder: adapters fit no other weights."
+            f"{found.folder} held the weights {base.digest} when its adapters were trained, and holds {found.digest} "
+            "now. Restore the folder: adapters fit no other weights."
         )

@@ -215,7 +215,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1)
     """Keep the newest so many."""
     keep_best: int = Field(1, ge=0)
-    """Keep so many more with the lowest evaluation loss."""
+    """Keep so many more that are best by the task's metric: the loss of language models, `classification.best`."""
     asynchronous: bool = True
     """Copy the state to host memory and write it beside training; false stands still until it is written."""
 
@@ -272,7 +272,8 @@ class TrainConfig(Section):
     global_batch: int = Field(32, ge=1, lt=2**31)
     """Rows per optimizer step, on every mesh."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Rows per forward pass of a rank; `auto` keeps a pipeline full and a micro-batch at 8 rows or fewer."""
+    """Rows per forward pass of a rank. `auto` takes what the planner finds fastest of what fits, where the memory of a
+    rank is known; elsewhere at most 8 rows, and few enough to keep a pipeline full."""
     recompute: Literal["none", "blocks"] = "none"
     """What the forward pass keeps for the backward pass: everything, or of each block only its input, at the price of
     computing the block twice."""

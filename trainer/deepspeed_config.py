@@ -1,20 +1,21 @@
 """The one place that spells DeepSpeed's keys and switches (written for 0.19.8).
 
 Owns the configuration dictionary of an engine, the precision that `auto` stands for, the process environment DeepSpeed
-reads, and the switches that keep ranks from compiling anything. Builds no engine.
+reads, and the switches that keep ranks from compiling anything. Builds no engine, and loads torch for none of it.
 """
 
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from data_service.errors import ConfigError
 from trainer.config import TrainConfig
 from trainer.topology import BatchLayout
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "BufferSizes",
@@ -63,7 +64,7 @@ class BufferSizes:
     """Elements of the largest vector (norm or bias) among them; ZeRO 3 keeps vectors whole and cuts matrices."""
 
     @classmethod
-    def of(cls, parameters: Iterable[nn.Parameter]) -> Self:
+    def of(cls, parameters: "Iterable[nn.Parameter]") -> Self:
         """Measure parameters, before an engine has cut them."""
         held = list(parameters)
         vectors = [one.numel() for one in held if one.ndim < 2]

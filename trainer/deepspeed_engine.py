@@ -272,6 +272,10 @@ class TrainEngine:
         dist.all_reduce(held)
         return tuple(held.tolist())
 
+    def meet(self) -> None:
+        """Wait for the other ranks, within the deadline of a collective. A collective: every rank calls it."""
+        self.global_sums(0)
+
     def _mean_over_dp(self, weighted_sum: Tensor) -> Tensor:
         """What DeepSpeed's pipeline reports: the sum over micro-batches, divided by gas, meant over dp."""
         mean = weighted_sum / self.layout.num_micro_batches

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_service import storage
-from trainer.adapters import Base, Lora, check_base, trained_shapes
+from trainer.adapters import Base, Lora, base_of, check_base, trained_shapes
 from trainer.checkpoint import load_ranges
 from trainer.errors import ManifestInvalidError
 from trainer.fragments import Range
@@ -107,7 +107,7 @@ def _merged_weights(
     config: TransformerConfig, lora: Lora, base: Base, adapters: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The whole model: weights of the base, with the adapters added to those that have one."""
-    check_base(base)
+    check_base(base, base_of(base.folder))
     weights = open_weights(base.folder, config)
     for name in parameter_shapes(config):
         matrix = name.removesuffix(".weight")

@@ -124,7 +124,7 @@ class Guard:
             median = statistics.median(self.state.losses)
             found += f"; more than train.guard.spike_factor={self._config.spike_factor:g} times the median {median:g}"
         if self.skips:
-            found += f"; the {self.state.in_row}th bad step in a row (train.guard.max_skips={self._config.max_skips})"
+            found += f"; bad step number {self.state.in_row} in a row (train.guard.max_skips={self._config.max_skips})"
         before = step - self.state.in_row
         return (
             f"{found}. Leave the batches out with data.skip=[{{first: {first}, end: {batch + 1}}}] (where the newest "

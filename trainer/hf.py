@@ -15,7 +15,6 @@ from torch import Tensor
 from data_service import storage
 from data_service.errors import ConfigError
 from trainer.architecture import TransformerConfig, parameter_shapes
-from trainer.errors import CheckpointCorruptError
 from trainer.hf_config import describe, parse
 from trainer.hf_tensors import (
     Place,
@@ -117,7 +116,8 @@ class FolderWeights(Mapping[str, Tensor]):
                 among the names.
 
         Raises:
-            ConfigError: weights are missing, of another shape or dtype, or have no place in the model.
+            ConfigError: weights are missing, of another shape or dtype, or have no place in the model; or a file is
+                missing or damaged.
         """
         self._entries: dict[str, tuple[str, TensorEntry, Place]] = {}
         found = {bare_name(name): (uri, entry) for uri in _weight_files(folder) for name, entry in _read_header(uri)}
@@ -152,12 +152,12 @@ class FolderWeights(Mapping[str, Tensor]):
         """Read one parameter in the dtype it is stored in.
 
         Raises:
-            CheckpointCorruptError: the file is shorter than its header says.
+            ConfigError: the file is shorter than its header says.
         """
         uri, entry, place = self._entries[name]
         data = bytearray(storage.read_range(uri, entry.offset, entry.num_bytes))
         if len(data) != entry.num_bytes:
-            raise CheckpointCorruptError(f"{uri} ends inside of {entry.name}. Fetch or export it again.")
+            raise ConfigError(f"{uri} ends inside of {entry.name}. Fetch or export the folder again.")
         return take(torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(entry.shape), place)
 
     def __iter__(self) -> Iterator[str]:
@@ -250,7 +250,10 @@ def _weight_files(folder: str) -> list[str]:
 
 
 def _read_header(uri: str) -> Iterable[tuple[str, TensorEntry]]:
-    prefix = int.from_bytes(storage.read_range(uri, 0, PREFIX_BYTES), "little")
+    try:
+        prefix = int.from_bytes(storage.read_range(uri, 0, PREFIX_BYTES), "little")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{uri} is not there, and {_INDEX} beside it names it. Fetch the folder again.") from error
     if prefix > MAX_HEADER_BYTES:
         raise ConfigError(f"{uri} claims a header of {prefix} bytes: it is no safetensors file. Fetch it again.")
     return parse_header(storage.read_range(uri, PREFIX_BYTES, prefix), uri).items()

@@ -5,7 +5,8 @@ Owns what each family calls the numbers of its shape, and which of its options c
 files.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data_service.errors import ConfigError
@@ -51,14 +52,49 @@ def parse(uri: str, found: Any) -> TransformerConfig:
     family = _FAMILIES[kind]
     try:
         if family == "gpt2":
-            return _parse_gpt2(uri, found)
-        if family == "bert":
-            return _parse_bert(uri, found)
-        return _parse_llama_like(uri, found, family)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            config = _parse_gpt2(uri, found)
+        elif family == "bert":
+            config = _parse_bert(uri, found)
+        else:
+            config = _parse_llama_like(uri, found, family)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigError(
             f"{uri} lacks or garbles a key of a {family} model: {error!r}. Fetch the folder again."
         ) from error
+    impossible = next(_impossible(config), None)
+    if impossible is not None:
+        raise ConfigError(f"{uri} describes a {family} model with {impossible}. Fetch the folder again.")
+    return config
+
+
+def _impossible(config: TransformerConfig) -> Iterator[str]:
+    """Numbers that no model has."""
+    sizes = ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_positions")
+    for name in sizes:
+        if getattr(config, name) < 1:
+            yield f"{name} {getattr(config, name)}"
+    for name in ("num_labels", "token_types", "norm_eps", "init_std"):
+        if not 0 <= getattr(config, name) < math.inf:
+            yield f"{name} {getattr(config, name)}"
+    if config.num_heads % config.num_kv_heads:
+        yield f"{config.num_heads} heads that share {config.num_kv_heads} keys and values"
+    if config.positions == "learned":
+        return
+    if config.head_dim % 2:
+        yield f"head_dim {config.head_dim}, of which no pairs can be rotated"
+    if not 1 < config.rope_theta < math.inf:
+        yield f"rope_theta {config.rope_theta}"
+    scaling = config.rope_scaling
+    if scaling is None:
+        return
+    numbers = ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor", *_YARN_KEYS)
+    for name in numbers:
+        value = getattr(scaling, name)
+        may_be_zero = name.startswith("mscale")  # leaves `attention_factor` to be derived from `factor`
+        if value is not None and not (0 < value < math.inf or (may_be_zero and value == 0)):
+            yield f"{name} {value} of its rope_scaling"
+    if scaling.kind == "llama3" and scaling.low_freq_factor == scaling.high_freq_factor:
+        yield f"low_freq_factor and high_freq_factor {scaling.low_freq_factor} of its rope_scaling"
 
 
 def describe(

@@ -270,7 +270,6 @@ class Head(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         """Allocate what the model's kind needs, uninitialised: see `trainer.architecture.parameter_shapes`."""
         super().__init__()
-        self._pooling = config.pooling
         encoder, language = config.norm_place == "after", config.num_labels == 0
         width = config.d_model
         untied = language and not config.tie_embeddings

@@ -5,15 +5,16 @@ loop and takes the same turns, because each decision follows from the step numbe
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Literal
 
 from data_service.cursor import Cursor
-from trainer.adapters import Base, Lora, base_of, check_base, trained_shapes
+from trainer.adapters import Lora, check_base, trained_shapes
 from trainer.agreement import NEVER, agree
 from trainer.batching import RowSource, count_tokens, micro_batches
 from trainer.checkpoint import load_ranges
@@ -21,7 +22,7 @@ from trainer.config import TrainConfig
 from trainer.deepspeed_config import Precision
 from trainer.deepspeed_engine import TrainEngine
 from trainer.device_memory import peak_bytes
-from trainer.errors import CheckpointIncompleteError, LossSpikeError, NonFiniteLossError
+from trainer.errors import CheckpointError, CheckpointIncompleteError, LossSpikeError, NonFiniteLossError
 from trainer.evaluate import evaluate, perplexity
 from trainer.fragment_readers import fill_initial, load_fragments, read_fragments, wanted_ranges
 from trainer.guard import Guard
@@ -35,6 +36,8 @@ from trainer.tasks.base import Task
 from trainer.tracing import StepTracer
 
 __all__ = ["Rank", "load_state", "save", "train"]
+
+_log = logging.getLogger(__name__)
 
 _PACKAGES = ("deepspeed", "numpy", "pyarrow", "safetensors", "torch")
 
@@ -56,8 +59,6 @@ class Rank:
     """Judges each step."""
     lora: Lora | None = None
     """The adapters that are trained, instead of the model."""
-    base: Base | None = None
-    """What they are trained on; known to the rank that reports."""
     step: int = 0
     """Optimizer steps done."""
 
@@ -65,13 +66,6 @@ class Rank:
     def reports(self) -> bool:
         """Whether this rank speaks for all: the last stage of dp index 0, where the loss is."""
         return self.spec.rank == self.engine.mesh.reporter
-
-    @property
-    def base_folder(self) -> str:
-        """The folder that adapters are trained on; their configuration needs one."""
-        folder = self.spec.model.from_
-        assert folder is not None
-        return folder
 
     @property
     def train_config(self) -> TrainConfig:
@@ -85,11 +79,10 @@ def load_state(rank: Rank) -> None:
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or another model's.
         CursorMismatchError: it stands in another plan of rows.
+        ConfigError: it holds adapters, and the weights below them have changed.
     """
     spec, engine = rank.spec, rank.engine
     if spec.resume_step is None:
-        if rank.lora is not None and rank.reports:
-            rank.base = base_of(rank.base_folder)
         fill_initial((*engine.views, *engine.frozen), spec.seed, rank.config, spec.model.from_, rank.lora)
         engine.refresh(optimizer_steps=0)
         return
@@ -100,12 +93,11 @@ def load_state(rank: Rank) -> None:
             f"Step {state.step} in {spec.checkpoints_uri} holds another model than the `model` section describes. "
             "Resume with the run's own configuration."
         )
+    if state.base is not None and spec.base is not None:
+        check_base(state.base, spec.base)
     Cursor(state.plan_digest, state.consumed_batches).check(rank.client.plan("train"))
     fragments = load_ranges(spec.checkpoints_uri, manifest, wanted_ranges(engine.views))
     load_fragments(engine.views, fragments)
-    if state.base is not None and rank.reports:
-        rank.base = replace(state.base, folder=rank.base_folder)
-        check_base(rank.base)
     fill_initial(engine.frozen, spec.seed, rank.config, spec.model.from_, rank.lora)
     engine.refresh(state.optimizer_steps)
     engine.loss_scale = state.loss_scale
@@ -207,17 +199,38 @@ def _saver(rank: Rank) -> Iterator[CheckpointSaver]:
     spec, engine = rank.spec, rank.engine
     asynchronous = rank.train_config.checkpoint.asynchronous
     saver = CheckpointSaver(
-        spec.checkpoints_uri, spec.attempt, spec.rank, engine.device, rank.hooks.report, asynchronous=asynchronous
+        spec.checkpoints_uri,
+        spec.attempt,
+        spec.rank,
+        engine.device,
+        rank.hooks.report,
+        asynchronous=asynchronous,
+        collective_timeout_s=rank.train_config.collective_timeout_s if spec.world_size > 1 else None,
     )
     saver.reserve(sum(one.numel for one in read_fragments(engine.views)))
     engine.before_update(saver.fence)
     try:
         yield saver
     except (NonFiniteLossError, LossSpikeError):
-        saver.wait()
+        _end_save(rank, saver)
         raise
-    saver.wait()
+    saver.wait(apart=True)
     saver.close()
+
+
+def _end_save(rank: Rank, saver: CheckpointSaver) -> None:
+    """See the last save of every rank through before the first one leaves with an error, which ends all of them.
+
+    A collective: every rank calls it. What goes wrong is logged: the error that led here is the one to tell.
+    """
+    try:
+        saver.wait()
+    except (OSError, CheckpointError) as error:
+        _log.error("the checkpoint before could not be saved: %s", error)
+    try:
+        rank.engine.meet()
+    except RuntimeError as error:
+        _log.error("the other ranks did not come to the end of their saves: %s", error)
 
 
 def _evaluate(rank: Rank) -> EvalRecord | None:
@@ -230,9 +243,8 @@ def _evaluate(rank: Rank) -> EvalRecord | None:
             "earlier step."
         )
     task = rank.task
-    record = EvalRecord(
-        found.loss, perplexity(found.loss), found.tokens, found.metrics, metric=task.metric, better=task.better
-    )
+    told = None if task.num_labels else perplexity(found.loss)
+    record = EvalRecord(found.loss, told, found.tokens, found.metrics, metric=task.metric, better=task.better)
     samples = _samples(rank)
     if rank.reports:
         rank.hooks.report(EvalReport(rank.step, **asdict(record), samples=samples))
@@ -275,5 +287,5 @@ def _train_state(rank: Rank, evaluation: EvalRecord | None) -> TrainState:
         task=spec.train.task,
         labels=spec.facts.labels if rank.task.num_labels else (),
         lora=rank.lora,
-        base=rank.base,
+        base=rank.spec.base,
     )

@@ -16,12 +16,11 @@ import sys
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from data_service import storage
-from trainer.adapters import Base, Lora
 from trainer.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -30,8 +29,7 @@ from trainer.errors import (
     ManifestInvalidError,
 )
 from trainer.fences import read_fences
-from trainer.fragments import BYTES_PER_ELEMENT, KINDS, Kind, coverage_problems
-from trainer.guard import GuardState, LossScale
+from trainer.fragments import BYTES_PER_ELEMENT, coverage_problems
 from trainer.parts import (
     CHUNK_BYTES,
     PartReceipt,
@@ -44,8 +42,10 @@ from trainer.parts import (
     read_slices,
     step_folder,
 )
+from trainer.train_state import EvalRecord, TrainState
 
 __all__ = [
+    "MANIFEST_NAME",
     "MANIFEST_VERSION",
     "EvalRecord",
     "Manifest",
@@ -64,73 +64,15 @@ __all__ = [
 ]
 
 MANIFEST_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+"""Of the file in a step's folder that makes the step exist."""
 
 _LOG = logging.getLogger(__name__)
-_MANIFEST = "manifest.json"
 _REJECTED = "manifest.rejected.json"
 _BEGIN = re.compile(rb'\{"step":\d+,"attempt":(\d+),')
 _BEGIN_BYTES = 64
 _COMMIT_TRIES = 3
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
-
-
-@dataclass(frozen=True)
-class EvalRecord:
-    """The evaluation at a checkpoint."""
-
-    loss: float
-    perplexity: float
-    tokens: int
-    """Units that the loss is the mean of: tokens, or rows of a classification."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The task's own metrics, by name."""
-    metric: str = "loss"
-    """What says which checkpoint is best: `loss`, or one of `metrics`."""
-    better: Literal["lower", "higher"] = "lower"
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What a run goes on from, beside the fragments."""
-
-    step: int
-    """Steps of the run: the checkpoint's name."""
-    optimizer_steps: int
-    """Updates that the optimizer has made: its bias correction goes on from here."""
-    plan_digest: str
-    """Of what decided the consumed rows (`Plan.digest_at`); with `consumed_batches` the data cursor."""
-    consumed_batches: int
-    dataset_digest: str
-    seed: int
-    seq_len: int
-    global_batch: int
-    dp: int
-    pp: int
-    zero_stage: int
-    precision: str
-    model: dict[str, JsonValue]
-    """The fields of the model's `TransformerConfig`."""
-    parameters: dict[str, tuple[int, ...]]
-    """Canonical name to shape of every trained parameter (`trainer.model.parameter_shapes`)."""
-    config: dict[str, JsonValue]
-    """The run's resolved configuration; empty in a rank's report, filled in by who commits."""
-    versions: dict[str, str]
-    """Packages and their versions."""
-    kinds: tuple[Kind, ...] = KINDS
-    """What is stored of each parameter."""
-    evaluation: EvalRecord | None = None
-    guard: GuardState = GuardState()
-    """What decides whether coming steps are skipped."""
-    loss_scale: LossScale | None = None
-    """Of fp16; None for other precisions."""
-    task: str = "causal_lm"
-    """What was learned (`train.task`)."""
-    labels: tuple[str, ...] = ()
-    """Names of a classifier's classes in the order of their numbers."""
-    lora: Lora | None = None
-    """The adapters, where they are what was trained; `parameters` are theirs."""
-    base: Base | None = None
-    """What adapters were trained on; frozen weights are in no checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +198,7 @@ def read_manifest(checkpoints_uri: str, step: int) -> Manifest:
         manifest = Manifest.from_json(storage.read_bytes(uri))
     except FileNotFoundError as error:
         raise CheckpointIncompleteError(
-            f"{storage.join(checkpoints_uri, step_folder(step))} has no {_MANIFEST}: its save was not finished. "
+            f"{storage.join(checkpoints_uri, step_folder(step))} has no {MANIFEST_NAME}: its save was not finished. "
             "Use another step."
         ) from error
     except ManifestInvalidError as error:
@@ -324,7 +266,7 @@ def newest_complete(
 
 def manifest_uri(checkpoints_uri: str, step: int) -> str:
     """Where the manifest of a step lies, or would."""
-    return storage.join(checkpoints_uri, step_folder(step), _MANIFEST)
+    return storage.join(checkpoints_uri, step_folder(step), MANIFEST_NAME)
 
 
 def _attempt_of(checkpoints_uri: str, step: int) -> int | None:

@@ -24,16 +24,17 @@ METRICS: Mapping[str, Metric] = {
     "train/loss": Metric("nats", "mean loss of the global batch, before the update"),
     "train/grad_norm": Metric("1", "L2 norm of the whole gradient before clipping"),
     "train/lr": Metric("1", "learning rate of the step"),
-    "train/tokens": Metric("tokens", "tokens of the step that count in the loss"),
+    "train/tokens": Metric("tokens", "tokens of the step's rows that are no padding, those without a loss too"),
     "train/tokens_per_s": Metric("tokens/s", "those tokens by the seconds of the step, of the whole run"),
     "train/tokens_per_s_per_gpu": Metric("tokens/s", "the same for one rank's device, GPU or CPU slot"),
     "train/mfu_pct": Metric("%", "model FLOPs utilisation; absent where the device's peak is not known"),
     "train/step_s": Metric("s", "from the first row asked for to the update done"),
     "data/wait_s": Metric("s", "part of it in which the reporting rank waited for rows"),
     "memory/peak_gib": Metric("GiB", "most memory of the reporting rank so far: the allocator's on GPUs, else RSS"),
-    "eval/loss": Metric("nats", "mean loss on the held-out split"),
-    "eval/perplexity": Metric("1", "exp of it"),
-    "eval/tokens": Metric("tokens", "tokens that were looked at"),
+    "eval/loss": Metric("nats", "mean loss on the held-out split, over tokens or a classifier's rows"),
+    "eval/perplexity": Metric("1", "exp of it; of language models"),
+    "eval/tokens": Metric("tokens", "tokens that it is the mean of; of language models"),
+    "eval/rows": Metric("rows", "rows with a class that it is the mean of; of classifiers"),
 }
 """A task's own evaluation metrics are written as `eval/NAME` beside these."""
 
@@ -76,9 +77,9 @@ def step_figures(report: StepReport, facts: RunFacts) -> dict[str, float]:
 
 def evaluation_figures(report: EvalReport) -> dict[str, float]:
     """Figures of one evaluation, by their declared names, and the task's own."""
-    return {
-        "eval/loss": report.loss,
-        "eval/perplexity": report.perplexity,
-        "eval/tokens": float(report.tokens),
-        **{f"eval/{name}": value for name, value in report.metrics.items()},
-    }
+    found = {"eval/loss": report.loss}
+    if report.perplexity is None:
+        found["eval/rows"] = float(report.tokens)
+    else:
+        found |= {"eval/perplexity": report.perplexity, "eval/tokens": float(report.tokens)}
+    return found | {f"eval/{name}": value for name, value in report.metrics.items()}

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_service.access import DataAccess
 from data_service.errors import ConfigError
+from trainer.adapters import Base
 from trainer.config import ModelConfig, TrainConfig
 from trainer.manifest import PartReceipt, TrainState
 from trainer.tasks.facts import TaskFacts
@@ -92,6 +93,9 @@ class WorkerSpec:
     """Network interface for collectives (`lo` on one machine); None leaves the choice to the backend."""
     samples: SampleWishes | None = None
     """What to generate at each evaluation; None for nothing."""
+    base: Base | None = None
+    """What adapters are trained on (`train.lora`). Whoever starts the ranks has read it: it may take longer than ranks
+    wait for each other."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -170,9 +174,10 @@ class EvalReport:
     step: int
     loss: float
     """Mean loss: of tokens, or of the task's other units."""
-    perplexity: float
+    perplexity: float | None
+    """Of language models; None for a classifier."""
     tokens: int
-    """Valid tokens, or the task's other units, evaluated."""
+    """Units that the loss is the mean of: tokens that count, or a classifier's rows."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The task's own metrics, by name."""
     samples: tuple[Sample, ...] = ()

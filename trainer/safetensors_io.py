@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import CheckpointCorruptError
+from data_service.errors import ConfigError
 
 __all__ = ["DTYPE_BYTES", "MAX_HEADER_BYTES", "PREFIX_BYTES", "TensorEntry", "make_header", "parse_header"]
 
@@ -72,20 +72,20 @@ def parse_header(text: bytes, file: str) -> dict[str, TensorEntry]:
         file: named in errors.
 
     Raises:
-        CheckpointCorruptError: the header is not one, or an entry contradicts itself.
+        ConfigError: the header is not one, or an entry contradicts itself.
     """
     try:
         fields = json.loads(text)
         fields.pop("__metadata__", None)
         entries = {name: _entry(name, value, PREFIX_BYTES + len(text)) for name, value in fields.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{file} is no safetensors file: {error!r}. Fetch or export it again.") from error
+        raise ConfigError(f"{file} is no safetensors file: {error!r}. Fetch or export the folder again.") from error
     for entry in entries.values():
         width = DTYPE_BYTES.get(entry.dtype)
         if width is not None and entry.num_bytes != width * math.prod(entry.shape):
-            raise CheckpointCorruptError(
+            raise ConfigError(
                 f"{file}: {entry.name} of shape {entry.shape} and dtype {entry.dtype} cannot take {entry.num_bytes} "
-                "bytes. Fetch or export it again."
+                "bytes. Fetch or export the folder again."
             )
     return entries
 

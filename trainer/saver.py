@@ -29,7 +29,10 @@ __all__ = ["CheckpointSaver"]
 
 _SLOWEST_BYTES_PER_S = 1 << 20
 _LONGEST_PAUSE_S = 600.0
-"""A save may take so long, and a second for each MiB on top; the store's own deadlines end a stuck one sooner."""
+"""A save that nobody else waits for may take so long, and a second for each MiB on top; the store's own deadlines end a
+stuck one sooner."""
+_SHARE_OF_PEERS = 0.75
+"""Of the time that the other ranks wait for this one in a collective: what is left lets it say what it waits for."""
 _NICENESS = 10
 """Of the writing thread: on a CPU it shares the cores with the ranks' arithmetic."""
 
@@ -110,6 +113,7 @@ class CheckpointSaver:
         report: Callable[[PartReport], None],
         *,
         asynchronous: bool = True,
+        collective_timeout_s: float | None = None,
     ) -> None:
         """Write nothing yet.
 
@@ -120,6 +124,7 @@ class CheckpointSaver:
             device: where the fragments live.
             report: takes the report of a part that is durable.
             asynchronous: write in a thread; otherwise each `save` returns when its part is durable.
+            collective_timeout_s: how long the other ranks wait for this one; None where there are none.
         """
         self._checkpoints_uri = checkpoints_uri
         self._attempt = attempt
@@ -127,6 +132,7 @@ class CheckpointSaver:
         self._device = device
         self._report = report
         self._asynchronous = asynchronous
+        self._collective_timeout_s = collective_timeout_s
         self._buffer = _HostBuffer(device)
         self._pool = ThreadPoolExecutor(
             1, thread_name_prefix="checkpoint-write", initializer=_prepare_thread, initargs=(device,)
@@ -190,17 +196,28 @@ class CheckpointSaver:
         if self._in_flight is not None and self._in_flight.done():
             self.wait()
 
-    def wait(self) -> None:
+    def wait(self, *, apart: bool = False) -> None:
         """Wait until the save in flight is durable and reported.
+
+        Args:
+            apart: no rank meets this one in a collective any more, so that it may take as long as a save may.
 
         Raises:
             OSError: it could not be written here.
-            SaveFailedError: the store did not take it, or it does not end.
+            SaveFailedError: the store did not take it, or it does not end in time.
         """
         in_flight = self._in_flight
         if in_flight is None:
             return
         deadline_s = _LONGEST_PAUSE_S + self._num_bytes / _SLOWEST_BYTES_PER_S
+        remedy = "or save less often with train.checkpoint.every"
+        peers_s = self._collective_timeout_s
+        if not apart and peers_s is not None and _SHARE_OF_PEERS * peers_s < deadline_s:
+            deadline_s = _SHARE_OF_PEERS * peers_s
+            remedy = (
+                f"save less often with train.checkpoint.every, or raise train.collective_timeout_s={peers_s:g}: no "
+                "longer do the other ranks wait for this one"
+            )
         try:
             in_flight.result(deadline_s)
         except FutureTimeoutError as error:
@@ -209,7 +226,7 @@ class CheckpointSaver:
             raise SaveFailedError(
                 f"Rank {self._rank} waited {deadline_s:.0f} s for its part of step {self._step} "
                 f"({self._num_bytes} bytes) to be written to {self._checkpoints_uri}. Look at the disk or the store "
-                "there, or save less often with train.checkpoint.every."
+                f"there, {remedy}."
             ) from error
         self._in_flight = None
 

@@ -1,16 +1,17 @@
 """Where a model is cut into pipeline stages, and what a stage calls its parameters.
 
-Pure arithmetic over `trainer.model.layers`; loads no DeepSpeed, so that a planner may ask.
+Pure arithmetic over `trainer.architecture.layers`; loads neither torch nor DeepSpeed, so that a planner may ask.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Self
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Self
 
 from data_service.errors import ConfigError
-from trainer.model import TransformerConfig, parameter_shapes
+from trainer.architecture import TransformerConfig, parameter_shapes
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["LayerCosts", "NamedParameter", "stage_bounds"]
 
@@ -27,7 +28,7 @@ class LayerCosts:
     def by_parameters(cls, config: TransformerConfig) -> Self:
         """Elements of the matrices: multiplications per token. The embedding is a look-up and costs nothing."""
         shapes = parameter_shapes(config)
-        block = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name.startswith("blocks.0."))
+        block = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("blocks.0."))
         return cls(0.0, float(block), float((config.num_labels or config.vocab_size) * config.d_model))
 
 
@@ -37,7 +38,7 @@ class NamedParameter:
 
     name: str
     """Canonical name."""
-    parameter: nn.Parameter
+    parameter: "nn.Parameter"
     counted: bool
     """False on the second copy of a tied matrix: the same numbers are written and clipped elsewhere."""
 

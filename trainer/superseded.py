@@ -6,13 +6,12 @@ still: moved back under its step's name, with `fences/` deleted, it can be loade
 
 from data_service import storage
 from trainer.errors import CheckpointError
-from trainer.manifest import list_complete, read_manifest
+from trainer.manifest import MANIFEST_NAME, list_complete, read_manifest
 from trainer.parts import step_folder
 
 __all__ = ["SUPERSEDED", "set_aside"]
 
 SUPERSEDED = "superseded"
-_MANIFEST = "manifest.json"
 
 
 def set_aside(checkpoints_uri: str, after: int) -> list[int]:
@@ -25,8 +24,8 @@ def set_aside(checkpoints_uri: str, after: int) -> list[int]:
     for step in reversed(moved):
         source = storage.join(checkpoints_uri, step_folder(step))
         target = storage.join(checkpoints_uri, SUPERSEDED, _name_of(checkpoints_uri, step))
-        names = [name for name in storage.list_tree(source) if name != _MANIFEST]
-        for name in [*names, _MANIFEST]:
+        names = [name for name in storage.list_tree(source) if name != MANIFEST_NAME]
+        for name in [*names, MANIFEST_NAME]:
             storage.move_file(storage.join(source, name), storage.join(target, name))
         storage.remove_tree(source)
     return moved

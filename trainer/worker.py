@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from data_service.errors import ConfigError
+from data_service.errors import ConfigError, EmptySplitError
 from trainer.errors import CollectiveTimeoutError, WorkerLostError
 from trainer.protocol import RankHooks, ReadyReport, WorkerSpec
 
@@ -103,6 +103,11 @@ def open_rank(spec: WorkerSpec, hooks: RankHooks, client: "RowSource") -> "Rank"
             f"Rank {spec.rank} of {spec.world_size} was started for a mesh of dp {spec.dp} x pp {spec.pp}. "
             "Start dp * pp ranks, numbered from 0."
         )
+    if spec.train.lora is not None and spec.base is None:
+        raise ConfigError(
+            f"Rank {spec.rank} was started with train.lora and not told what its adapters belong to. Give the "
+            "specification `base`, as trainer.adapters.base_of names a folder."
+        )
     torch.set_num_threads(spec.threads)
     if spec.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -145,7 +150,7 @@ def _has_rows(client: "RowSource", split: Literal["train", "eval"]) -> bool:
     """Whether the dataset holds a row of a split; `data.split.eval=0` leaves nothing to evaluate on."""
     try:
         client.plan(split)
-    except ConfigError as error:
+    except EmptySplitError as error:
         _log.info("no rows of split %s: %s", split, error)
         return False
     return True

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "execute"]
 
 _SHOWN_ROWS = 12
+_OFFLOAD = {(False, False): "-", (True, False): "optimizer", (False, True): "weights", (True, True): "both"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Print the plan; exit 2 where the run does not fit."""
     from cluster.chaining import peek_base
-    from cluster.planning import check_fits, plan_task
+    from cluster.planning import check_fits, num_labels, plan_task, unplanned
     from trainer.planner.rows import plan_rows, row_of, wanted_setting
 
     config = peek_base(config_of(arguments))
@@ -44,18 +45,20 @@ def execute(arguments: argparse.Namespace) -> int:
     task = plan_task(
         config,
         vocab_size,
-        _num_labels(config, dataset),
+        num_labels(config, dataset),
         gpu=arguments.gpu,
         memory_gib=arguments.memory_gib,
         efficiency=arguments.efficiency,
         measure=arguments.measure,
     )
-    rows = plan_rows(task)
+    rows, note = plan_rows(task), unplanned(config)
     refusal: ConfigError | None = None
-    try:
-        chosen = check_fits(task)
-    except ConfigError as error:
-        refusal, chosen = error, row_of(task, wanted_setting(task))
+    chosen = row_of(task, wanted_setting(task))
+    if note is None:
+        try:
+            chosen = check_fits(task)
+        except ConfigError as error:
+            refusal = error
     data = None if dataset is None else _data(config, dataset)
     advice = [] if dataset is None or data is None else _advice(config, dataset, task, data["epochs"])
     if arguments.json:
@@ -64,15 +67,23 @@ def execute(arguments: argparse.Namespace) -> int:
             "rows": [_as_json(row) for row in rows],
             "parameters": task.model.num_parameters,
             "vocab_size": vocab_size,
-            "device": {"kind": task.device, "memory_bytes": task.memory_bytes, **asdict(task.speed)},
+            "device": {
+                "kind": task.device,
+                "memory_bytes": chosen.device_limit,
+                "host_bytes": chosen.host_limit,
+                **asdict(task.speed),
+            },
             "precision": task.precision,
             "data": data,
             "advice": advice,
+            "note": note,
             "refused": None if refusal is None else str(refusal),
         }
         print(json.dumps(told))
         return 0 if refusal is None else refusal.exit_code
     _print_run(task, chosen, vocab_size)
+    if note is not None:
+        print(f"note: {note}. `stormjib train` refuses nothing for its size here.")
     _print_rows(rows if arguments.all else rows[:_SHOWN_ROWS], len(rows))
     _print_data(config, data)
     for line in advice:
@@ -115,7 +126,7 @@ def _print_rows(rows: "list[PlanRow]", total: int) -> None:
           f"{'sent GiB':>8} {'tokens/s':>11}  limit")  # fmt: skip
     for row in rows:
         setting = row.setting
-        offload = "both" if setting.offload_parameters else "optimizer" if setting.offload_optimizer else "-"
+        offload = _OFFLOAD[setting.offload_optimizer, setting.offload_parameters]
         sent = sum(row.traffic.values()) / 2**30
         print(
             f"{setting.dp:>4} {setting.pp:>3} {setting.zero_stage:>4} {row.layout.micro_batch:>5} "
@@ -139,7 +150,7 @@ def _print_data(config: RunConfig, data: dict[str, Any] | None) -> None:
 
 def _as_json(row: "PlanRow") -> dict[str, Any]:
     return {
-        "keys": row.keys(),
+        "keys": row.keys,
         **asdict(row.setting),
         "micro_batch": row.layout.micro_batch,
         "num_micro_batches": row.layout.num_micro_batches,
@@ -172,13 +183,6 @@ def _advice(config: RunConfig, dataset: "DatasetManifest", task: "PlanTask", epo
             tokens_seen=config.train.steps * config.train.global_batch * config.data.seq_len,
         )
     )
-
-
-def _num_labels(config: RunConfig, dataset: "DatasetManifest | None") -> int:
-    """Classes of the head; before the dataset is prepared two stand for all, which changes next to nothing."""
-    if config.train.task != "text_classification":
-        return 0
-    return 2 if dataset is None else max(1, len(dataset.labels))
 
 
 def _prepared(config: RunConfig) -> "DatasetManifest | None":

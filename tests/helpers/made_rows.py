@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_service.errors import ConfigError
+from data_service.errors import EmptySplitError
 from data_service.plan import Plan
 from data_service.schema import BatchSlice
 from tests.helpers.plans import hand_made
@@ -21,7 +21,7 @@ class MadeRows:
 
     def plan(self, split: Literal["train", "eval"]) -> Plan:
         if split == "eval":
-            raise ConfigError("made rows have no held-out split")
+            raise EmptySplitError("made rows have no held-out split")
         return hand_made([("made", 0, 4096, 64)], global_batch=self._global_batch, seq_len=self._seq_len)
 
     def stream(

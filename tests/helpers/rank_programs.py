@@ -210,6 +210,18 @@ def rank_1_is_killed_in_a_save(spec: WorkerSpec, hooks: QueueHooks) -> None:
     worker.run(spec, hooks)
 
 
+def train_on_poisoned_losses_with_slow_writes_of_rank_1(spec: WorkerSpec, hooks: QueueHooks, poison: str) -> None:
+    """As `train_on_poisoned_losses`; the parts of rank 1 take long to become durable."""
+    with _writes_wait(4.0 if spec.rank == 1 else 0.0):
+        train_on_poisoned_losses(spec, hooks, poison)
+
+
+def train_with_a_stuck_store_of_rank_1(spec: WorkerSpec, hooks: QueueHooks) -> None:
+    """Train; a part of rank 1 does not become durable."""
+    with _writes_wait(60.0 if spec.rank == 1 else 0.0):
+        worker.run(spec, hooks)
+
+
 def leave_no_traces(spec: WorkerSpec, hooks: QueueHooks, extensions: str) -> list[str]:
     """Train, with `extensions` for torch to build in; returns the modules loaded that could have built C++ code."""
     os.environ["TORCH_EXTENSIONS_DIR"] = extensions

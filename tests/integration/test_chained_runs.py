@@ -11,6 +11,7 @@ from cluster.commands.status import status_of
 from cluster.config import load_config
 from cluster.run_store import RunFolder
 from tests.helpers.runs import running
+from trainer.adapters import base_of
 from trainer.export import read_provenance
 from trainer.manifest import read_manifest
 
@@ -97,3 +98,19 @@ def test_a_classifier_starts_from_the_best_of_another_run(tmp_path: Path) -> Non
         assert shown.wait() == 0
         assert "as calm" in shown.output
         assert "macro_f1" in shown.output
+
+
+def test_adapters_name_the_weights_that_the_controller_read(tmp_path: Path) -> None:
+    first, second = write_files(tmp_path)
+    with running("train", first) as run:
+        assert run.wait() == 0, run.output
+    adapted = ("run.name=adapted", "train.lora.rank=4")
+    with running("train", second, *adapted, f"train.steps={STEPS // 2}") as run:
+        assert run.wait() == 0, run.output
+    folder = RunFolder(load_config(second, adapted).root)
+    base = base_of(f"{folder.root}/base")
+    assert read_manifest(folder.checkpoints_uri, STEPS // 2).state.base == base
+    with running("train", second, *adapted) as run:
+        assert run.wait() == 0, run.output
+        assert f"from the checkpoint of step {STEPS // 2}" in run.output
+    assert read_manifest(folder.checkpoints_uri, STEPS).state.base == base

@@ -63,6 +63,22 @@ def test_an_upload_whose_last_answer_is_lost_is_whole(
     assert storage.read_bytes(f"{uri}/large") == data
 
 
+def test_an_upload_that_was_not_finished_is_not_taken_for_an_object_of_the_same_size(
+    uri: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload, "_PIECE_BYTES", 5 << 20)
+    old, new = random.Random(1).randbytes(11 << 20), random.Random(2).randbytes(11 << 20)
+    storage.write_bytes(f"{uri}/large", old)
+    proxy.faults = [Fault("error", "uploadId=", "POST", times=-1)]
+    with pytest.raises(OSError, match="5 times"):
+        storage.write_bytes(f"{uri}/large", new)
+    assert proxy.asked("DELETE", "uploadId="), "its pieces were left behind"
+    proxy.faults = [Fault("swallow", "uploadId=", "POST")]
+    assert storage.read_bytes(f"{uri}/large") == old
+    storage.write_bytes(f"{uri}/large", new)
+    assert storage.read_bytes(f"{uri}/large") == new
+
+
 def test_a_store_that_stays_broken_ends_the_save_and_nothing_of_it_exists(uri: str, proxy: FaultProxy) -> None:
     commit_whole(uri, 10, 1, SHAPES, num_ranks=1)
     (whole,) = cut(SHAPES, 1, None)

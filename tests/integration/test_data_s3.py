@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from data_service import conditional_put, object_store, storage
+from data_service import conditional_put, object_store, remote_input, storage
 from data_service.config import SourceConfig
 from data_service.errors import ConfigError, DataUnavailableError, SourceError
 from data_service.readers import Record, find_files, fingerprint, read_records
@@ -136,7 +136,7 @@ def test_a_read_that_fails_is_tried_again(root, proxy, kind, caplog):
 
 @pytest.mark.parametrize("kind", READ_FAULTS)
 def test_a_stream_that_breaks_goes_on_where_it_was(root, proxy, kind, monkeypatch):
-    monkeypatch.setattr(object_store, "_STREAM_PIECE", 64 << 10)
+    monkeypatch.setattr(remote_input, "_STREAM_PIECE", 64 << 10)
     uri = f"{root}/stream"
     storage.write_bytes(uri, DATA)
     proxy.clear()
@@ -276,7 +276,7 @@ def corpus(root: str, proxy: FaultProxy) -> str:
 
 
 def test_sources_on_s3_in_every_format_through_faults(corpus, proxy, monkeypatch):
-    monkeypatch.setattr(object_store, "_STREAM_PIECE", 16 << 10)
+    monkeypatch.setattr(remote_input, "_STREAM_PIECE", 16 << 10)
     chance = random.Random(3)
     for kind in ("slow down", "error", "reset", "truncate", "short"):
         for method in ("GET", "HEAD"):

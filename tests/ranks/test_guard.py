@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import read_state, same_bytes
-from tests.helpers.rank_programs import train_on_poisoned_losses
+from tests.helpers.rank_programs import (
+    train_on_poisoned_losses,
+    train_on_poisoned_losses_with_slow_writes_of_rank_1,
+)
 from tests.helpers.ranks import RanksFailedError, specs_of
 from tests.ranks.conftest import STEPS, Case, Lab, copy_step
-from trainer.manifest import read_manifest
+from trainer.manifest import read_manifest, step_folder
+from trainer.parts import part_file
 
 POISON = {6: float("nan"), 12: 50.0, 13: 50.0}
 """Step to what its loss is multiplied by."""
@@ -60,3 +64,15 @@ def test_a_leap_stops_every_rank_and_names_its_batch(lab: Lab, tmp_path: Path) -
     for story in caught.value.failures.values():
         assert "LossSpikeError: Step 9 (global batch 8)" in story
         assert "data.skip=[{first: 8, end: 9}]" in story
+
+
+@pytest.mark.parametrize("case", [Case(2, 1), Case(1, 2)], ids=str)
+def test_no_rank_leaves_with_an_error_before_all_have_saved(lab: Lab, tmp_path: Path, case: Case) -> None:
+    """The first rank that leaves has the others killed: the save before the bad step would be lost."""
+    spec = lab.changed(case, tmp_path, checkpoint={"every": 4})
+    program = partial(train_on_poisoned_losses_with_slow_writes_of_rank_1, poison=json.dumps({5: float("nan")}))
+    with pytest.raises(RanksFailedError) as caught:
+        lab.server.run(program, specs_of(spec))
+    assert all("NonFiniteLossError: Step 5" in story for story in caught.value.failures.values())
+    for rank in range(2):
+        assert (tmp_path / step_folder(4) / part_file(1, rank)).exists()

@@ -15,7 +15,7 @@ from tests.helpers.ranks import RanksFailedError
 from tests.helpers.tiny_model import make_model_folder
 from tests.ranks.conftest import GLOBAL_BATCH, Case, Lab, copy_step
 from trainer import manifest
-from trainer.adapters import Lora, trained_shapes
+from trainer.adapters import Lora, base_of, trained_shapes
 from trainer.config import LoraConfig, ModelConfig
 from trainer.export import export_checkpoint
 from trainer.fragment_readers import StateView, fill_initial
@@ -46,7 +46,7 @@ def adapter_spec(lab: Lab, case: Case, checkpoints: Path, folder: str, resume_st
         optimizer={"lr": 2e-2, "grad_clip": 1.0},
         checkpoint={"every": 3},
     )
-    return replace(spec, model=ModelConfig.model_validate({"from": folder}))
+    return replace(spec, model=ModelConfig.model_validate({"from": folder}), base=base_of(folder))
 
 
 def plain_losses(spec: WorkerSpec, folder: str) -> tuple[list[float], Transformer]:

@@ -19,6 +19,7 @@ from tests.helpers.ranks import specs_of
 from tests.helpers.real_models import smollm2_folder
 from tests.helpers.row_service import RowService, served
 from tests.ranks.conftest import GLOBAL_BATCH, SEED, Case, Lab, commit_all
+from trainer.adapters import base_of
 from trainer.config import LoraConfig, ModelConfig
 from trainer.export import export_checkpoint
 from trainer.tasks.facts import TaskFacts
@@ -87,6 +88,7 @@ def test_smollm2_learns_answers_on_two_ranks(
         vocab_size=chats.manifest.vocab_size,
         model=ModelConfig.model_validate({"from": folder}),
         facts=TaskFacts(loss_masks=chats.manifest.loss_masks),
+        base=base_of(folder) if lora else None,
     )
     outcome = lab.server.run(lab.program, specs_of(spec), deadline_s=1200.0)
     commit_all(spec, outcome)

@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers.rank_programs import rank_1_is_killed_in_a_save, train_with_slow_writes
+from tests.helpers.rank_programs import (
+    rank_1_is_killed_in_a_save,
+    train_with_a_stuck_store_of_rank_1,
+    train_with_slow_writes,
+)
 from tests.helpers.ranks import RanksFailedError, specs_of
 from tests.ranks.conftest import STEPS, Case, Lab, commit_all
 from trainer import manifest
@@ -68,3 +72,12 @@ def test_saves_in_a_thread_and_without_write_the_same_bytes(lab: Lab) -> None:
         for rank in range(2):
             file = f"{manifest.step_folder(step)}/attempt_1/rank_{rank:05d}.safetensors"
             assert (lab.folder / "same-bytes" / file).read_bytes() == (lab.checkpoints(CASE) / file).read_bytes()
+
+
+def test_a_rank_that_waits_for_its_store_says_so_before_the_others_give_up(lab: Lab) -> None:
+    spec = _saving_every(lab, 2, "stuck-store")
+    spec = replace(spec, train=spec.train.model_copy(update={"collective_timeout_s": 6.0}))
+    with pytest.raises(RanksFailedError) as caught:
+        lab.server.run(train_with_a_stuck_store_of_rank_1, specs_of(spec))
+    assert "SaveFailedError: Rank 1 waited 4 s for its part of step 2" in caught.value.failures[1]
+    assert next(iter(caught.value.failures)) == 1, "another rank gave up first"

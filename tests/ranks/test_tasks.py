@@ -139,6 +139,7 @@ def test_classes_are_learned_alike_on_every_mesh(classes: Classes, family: str, 
         found = outcome.evals[STEPS]
         assert found.metrics == pytest.approx(plain.metrics, rel=1e-6)
         assert (found.metric, found.better) == ("macro_f1", "higher")
+        assert found.perplexity is None
         assert found.tokens == sum(value for name, value in plain.metrics.items() if name.startswith("confusion/"))
 
 

@@ -1,6 +1,7 @@
 """`model.from: run://…`: which checkpoint it means, and the copy that a run keeps."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,16 +16,18 @@ from tests.helpers.tiny_model import train_tokenizer
 from tests.helpers.written_parts import cut, make_state
 from trainer.checkpoint import write_part
 from trainer.config import TrainConfig
-from trainer.export import export_checkpoint, read_provenance
+from trainer.errors import CheckpointCorruptError
+from trainer.export import Provenance, export_checkpoint, read_provenance
 from trainer.fragments import Fragment
 from trainer.initialise import initial_tensor
-from trainer.manifest import commit
+from trainer.manifest import commit, manifest_uri
 from trainer.model import TransformerConfig, parameter_shapes
 from trainer.tasks.paths import check_task_module
 
 SHAPE = "model: {d_model: 16, num_layers: 1, num_heads: 2}\n"
 STEPS = {10: 0.50, 20: 0.80, 30: 0.70}
 """Step to the macro-F1 of its evaluation."""
+RAISES = "raise RuntimeError('no licence')"
 
 
 @pytest.fixture
@@ -130,6 +133,72 @@ def test_a_task_that_no_module_holds_is_known_early_too(task: str) -> None:
         check_task_module(TrainConfig(task=task))
 
 
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("__main__:Mine", "in a rank __main__ is another module"),
+        ("a..b:Mine", "a..b"),
+        ("broken_above.tasks:Mine", "looking for its module raised SyntaxError"),
+        ("lacking_above.tasks:Mine", "raised ModuleNotFoundError: No module named 'not_installed'"),
+        ("raising_above.tasks:Mine", "raised RuntimeError: no licence"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_no_traceback(
+    task: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in [("broken", "def"), ("lacking", "import not_installed"), ("raising", RAISES)]:
+        folder = tmp_path / f"{name}_above"
+        folder.mkdir()
+        (folder / "__init__.py").write_text(text)
+        (folder / "tasks.py").write_text("class Mine: ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"train.task={re.escape(task)}: .*{re.escape(said)}"):
+        check_task_module(TrainConfig(task=task))
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_copied_is_chosen_again(
+    first: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run still trains: the best of a moment ago is gone before its weights are read."""
+    pruned: list[int] = []
+
+    def prune_then_export(checkpoints_uri: str, step: int, *rest: str) -> Provenance:
+        if len(pruned) < how_often:
+            pruned.append(step)
+            shutil.rmtree(Path(checkpoints_uri, f"step_{step:08d}"))
+        return export_checkpoint(checkpoints_uri, step, *rest)
+
+    monkeypatch.setattr("trainer.export.export_checkpoint", prune_then_export)
+    how_often, said = 1, list[str]()
+    with_base(_second(tmp_path, "@best"), said.append)
+    assert pruned == [20]
+    assert "is step 30" in said[0], "the best of what is left"
+    assert read_provenance(base_uri(_second(tmp_path, "@best"))) is not None
+
+
+def test_a_run_that_removes_every_choice_is_said_to_train_still(
+    first: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+
+    def gone(checkpoints_uri: str, step: int, *_: str) -> Provenance:
+        chosen.append(step)
+        Path(manifest_uri(checkpoints_uri, step)).unlink()
+        raise FileNotFoundError(step)
+
+    monkeypatch.setattr("trainer.export.export_checkpoint", gone)
+    with pytest.raises(ConfigError, match="is still training"):
+        with_base(_second(tmp_path, "@best"), print)
+    assert chosen == [20, 30, 10]
+
+
+def test_a_damaged_checkpoint_is_not_taken_for_a_pruned_one(first: RunFolder, tmp_path: Path) -> None:
+    (part,) = Path(first.checkpoints_uri, "step_00000020").rglob("*.safetensors")
+    part.write_bytes(bytes(part.stat().st_size))
+    with pytest.raises(CheckpointCorruptError):
+        with_base(_second(tmp_path, "@best"), print)
+
+
 def test_a_plan_sees_the_shape_and_copies_nothing(first: RunFolder, tmp_path: Path) -> None:
     config = _second(tmp_path, "@best")
     with pytest.raises(ConfigError, match="has no export yet"):
@@ -151,12 +220,24 @@ def test_a_folder_stays_as_it_is(tmp_path: Path) -> None:
     assert with_base(config, print) is config
 
 
-def test_a_tokenizer_of_another_run_is_found_below_the_storage(tmp_path: Path) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text(
-        "run: {name: second, storage: ./kept}\ndata:\n  sources: [{path: a.csv}]\n  tokenizer: {path: 'run://first'}\n"
-    )
+@pytest.mark.parametrize("which", ["", "@best", "@step=20"])
+def test_a_tokenizer_of_another_run_is_found_below_the_storage(tmp_path: Path, which: str) -> None:
+    """A run has one tokenizer, whichever step is named."""
+    file = _with_tokenizer(tmp_path, f"run://first{which}")
     assert load_config(file).data.tokenizer.path == f"{tmp_path}/kept/first/dataset/tokenizer"
+
+
+@pytest.mark.parametrize("text", ["run://", "run://first@worst", "run://first/dataset"])
+def test_a_garbled_tokenizer_of_a_run_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path=.* Write run://NAME"):
+        load_config(_with_tokenizer(tmp_path, text))
+
+
+def _with_tokenizer(folder: Path, path: str) -> Path:
+    file = folder / "run.yaml"
+    data = f"data:\n  sources: [{{path: a.csv}}]\n  tokenizer: {{path: '{path}'}}\n"
+    file.write_text(f"run: {{name: second, storage: ./kept}}\n{data}")
+    return file
 
 
 @pytest.mark.parametrize(
@@ -186,3 +267,21 @@ def test_the_two_files_of_the_example_belong_together() -> None:
     assert second.data.tokenizer.path == f"{first.dataset_uri}/tokenizer"
     assert second.data.sources[0].path == first.data.sources[0].path
     assert second.data.split.eval == first.data.split.eval, "the same texts are held out"
+
+
+def test_the_example_s_reviews_are_written_where_its_files_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import sentiment
+
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    named = load_config(examples / "sentiment_pretrain.yaml").data.sources[0].path
+    assert Path(named) == examples / "sentiment" / "train.csv", "what the command in the file names"
+    assert "--write examples/sentiment/train.csv" in (examples / "sentiment_pretrain.yaml").read_text()
+    monkeypatch.setattr("sys.argv", ["sentiment", "--write", str(tmp_path / "new" / "train.csv"), "--limit", "50"])
+    sentiment.main()
+    lines = (tmp_path / "new" / "train.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "text,label"
+    assert "40 reviews; 10 more are set aside" in capsys.readouterr().out
+    train, test = sentiment.divide(sentiment.read_reviews(), 0, 50)
+    assert not {text for text, _ in train} & {text for text, _ in test}

@@ -47,6 +47,14 @@ def test_echoes_alone_are_the_machines_fault() -> None:
     assert classify_failure([exit_of(0, retryable=True)], NONE).cause == "infrastructure"
 
 
+def test_what_the_others_waited_for_is_named() -> None:
+    echo = replace(exit_of(0, retryable=True, error="waited too long"), error_type="CollectiveTimeoutError")
+    slow = replace(exit_of(2, retryable=True, error="the store at s3://b is slow"), error_type="SaveFailedError")
+    failure = classify_failure([echo, slow], NONE)
+    assert (failure.cause, failure.reason) == ("infrastructure", "rank 2 failed: the store at s3://b is slow")
+    assert "rank 0 lost its peers" in classify_failure([echo], NONE).reason
+
+
 def test_a_program_fault_is_not_retried_unless_asked_for() -> None:
     failure = Failure("program", "nan", NONE)
     refuse = decide_recovery(failure, FailureBudget(), progressed=True, elastic=True, max_program_failures=0)

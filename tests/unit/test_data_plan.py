@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from data_service.config import DataConfig, DataServiceConfig
 from data_service.cursor import Cursor
-from data_service.errors import ConfigError, CursorMismatchError
+from data_service.errors import ConfigError, CursorMismatchError, EmptySplitError
 from data_service.manifest import DATASET_VERSION, DatasetManifest, PartInfo, SourceFileInfo
 from data_service.order import rows_of_batch
 from data_service.plan import MAX_PARTS, MAX_PLAN_BYTES, OrderSpec, Plan
@@ -81,7 +81,7 @@ class TestRowsOfAPart:
     def test_parts_without_rows_are_left_out_and_an_empty_split_is_refused(self):
         manifest = manifest_of([("a", 0, 1, 0), ("b", 0, 500, 0), ("c", 0, 0, 0)])
         assert [part.source for part in make_plan(manifest, "train", spec()).parts] == ["b"]
-        with pytest.raises(ConfigError, match="holds no documents. Set data.split.eval above 0"):
+        with pytest.raises(EmptySplitError, match="holds no documents. Set data.split.eval above 0"):
             make_plan(manifest, "eval", spec())
 
 

@@ -73,6 +73,7 @@ REPORTS: list[Report] = [
     ReadyReport(0, {}, "NVIDIA H100 80GB HBM3", "bf16", 6e9),
     StepReport(1, 0, 5.5, 256, "0123456789abcdef", 1e-3, 0.5, 0.1, 0.01, 2**31),
     EvalReport(0, 6.0, 403.4, 1000),
+    EvalReport(0, 0.6, None, 1000, {"accuracy": 0.5}, metric="accuracy", better="higher"),
     EvalReport(0, 6.0, 403.4, 1000, {"f1": 0.5}, (Sample((1, 2), (3,)), Sample((4,), ()))),
     PartReport(10, 1, RECEIPT, STATE, 0.5),
     PartReport(10, 2, RECEIPT, None),
@@ -92,7 +93,7 @@ def test_a_rank_is_told_no_more_of_the_configuration_than_it_needs() -> None:
     assert set(json.loads(SPEC.to_json())) == {
         *("attempt", "rank", "world_size", "dp", "pp", "local_rank", "device", "master_addr", "master_port"),
         *("seed", "seq_len", "vocab_size", "model", "train", "data", "checkpoints_uri", "resume_step"),
-        *("facts", "threads", "interface", "samples"),
+        *("facts", "threads", "interface", "samples", "base"),
     }
     assert set(json.loads(SPEC.to_json())["data"]) == {
         *("control", "token", "order", "dataset_digest", "run_ahead", "hedge_s", "read_stall_s", "stalled_s")

@@ -61,6 +61,7 @@ LIGHT = {
     "import cluster.config": ("torch", "ray", "deepspeed", "pyarrow", "transformers"),
     "import k8s.render": ("torch", "ray", "deepspeed"),
     "import trainer.protocol, trainer.manifest, trainer.config": ("torch", "ray", "deepspeed"),
+    "import cluster.planning, trainer.deepspeed_config": ("torch", "ray", "deepspeed"),
     "import trainer.model": ("deepspeed", "ray", "transformers"),
     "import serve.spec, serve.config": ("torch", "ray"),
     "import serve.ingress": ("torch", "ray", "deepspeed"),

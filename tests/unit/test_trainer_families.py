@@ -1,6 +1,7 @@
 """Every family against `transformers`, both ways: language models, classifiers of padded rows, and what is refused."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,18 @@ def test_compiling_is_refused_where_it_cannot_help() -> None:
         ("llama_tied", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama_tied", {"hidden_act": "mish"}, "mish"),
         ("llama_tied", {"hidden_size": "wide"}, "wide"),
+        ("llama_tied", {"num_attention_heads": 0}, "num_heads 0"),
+        ("llama_tied", {"num_attention_heads": 0, "head_dim": None}, "ZeroDivisionError"),
+        ("llama_tied", {"num_key_value_heads": 3}, "share 3 keys"),
+        ("llama_tied", {"intermediate_size": math.inf}, "OverflowError"),
+        ("llama_tied", {"rms_norm_eps": math.inf}, "norm_eps inf"),
+        ("llama_tied", {"head_dim": 7}, "head_dim 7"),
+        ("llama_tied", {"head_dim": -8}, "head_dim -8"),
+        ("llama_tied", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor 0"),
+        ("llama_tied", {"rope_scaling": {"rope_type": "linear", "factor": math.nan}}, "factor nan"),
+        ("llama_tied", {"rope_scaling": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta 0"),
+        ("gpt2", {"n_head": 0}, "ZeroDivisionError"),
+        ("bert", {"num_hidden_layers": 0}, "num_layers 0"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "layer_types": None}, "use_sliding_window"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),

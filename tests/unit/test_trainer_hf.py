@@ -8,7 +8,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_service.errors import ConfigError, StormjibError
+from data_service.errors import ConfigError
 from tests.helpers.initial_weights import initialise
 from trainer.config import ModelConfig
 from trainer.hf import build_from_hf, load_hf, read_config, save_hf
@@ -202,8 +202,17 @@ def test_garbled_weight_file_is_refused(tmp_path: Path) -> None:
     good = file.read_bytes()
     for data in (b"", b"\xff" * 16, (5).to_bytes(8, "little") + b"hello", good.replace(b"[211,48]", b"[212,48]")):
         file.write_bytes(data)
-        with pytest.raises(StormjibError, match=r"model\.safetensors"):
+        with pytest.raises(ConfigError, match=r"model\.safetensors"):
             load_hf(str(tmp_path / "out"))
     file.write_bytes(good[:-4])
-    with pytest.raises(StormjibError, match=r"model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors ends inside of"):
         build_from_hf(str(tmp_path / "out"), "cpu", torch.float32)
+
+
+def test_a_file_that_the_index_names_and_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = VARIANTS["tied"]
+    save_hf(str(tmp_path / "out"), config, _model(config).named_parameters(), None)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors is not there.*Fetch the folder again"):
+        load_hf(str(tmp_path / "out"))

@@ -41,6 +41,8 @@ def test_figures_are_declared_and_follow_from_the_report() -> None:
     assert "train/mfu_pct" not in step_figures(step(3), RunFacts(2, 1000, 6e9, None))
     told = evaluation_figures(EvalReport(3, 1.0, 2.7, 10, {"f1": 0.5}))
     assert told == {"eval/loss": 1.0, "eval/perplexity": 2.7, "eval/tokens": 10.0, "eval/f1": 0.5}
+    told = evaluation_figures(EvalReport(3, 1.0, None, 10, {"f1": 0.5}))
+    assert told == {"eval/loss": 1.0, "eval/rows": 10.0, "eval/f1": 0.5}
 
 
 def test_known_devices_have_a_peak_and_others_none() -> None:

@@ -1,6 +1,7 @@
 """The planner: pieces of memory against what autograd and the shapes say, rows against the rules, advice."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from data_service.errors import ConfigError
 from trainer.architecture import TransformerConfig
 from trainer.config import ModelConfig, TrainConfig
+from trainer.deepspeed_config import resolve_precision
 from trainer.losses import projected_cross_entropy
 from trainer.model import Transformer
 from trainer.planner.activations import block_pieces, edge_pieces, output_gradient_bytes, total_bytes
 from trainer.planner.advice import DataFacts, advise
 from trainer.planner.memory import Setting, stage_shapes
-from trainer.planner.rows import PlanTask, best_row, plan_rows, row_of, wanted_setting
+from trainer.planner.rows import PlanRow, PlanTask, best_row, plan_rows, row_of, wanted_setting
 from trainer.planner.speed import DeviceSpeed, traffic_bytes
 from trainer.stages import stage_bounds
 from trainer.throughput import flops_per_token, matrix_parameters
@@ -99,6 +101,8 @@ def test_every_legal_row_is_there_and_no_other() -> None:
     assert {one.zero_stage for one in settings if one.pp == 1} == {0, 1, 2, 3}
     assert {one.micro_batch for one in settings if one.dp == 4} == {1, 2, 4}
     assert {one.recompute for one in settings} == {False, True}
+    assert {row.setting for row in plan_rows(replace(task(4), most_stages=2)) if row.setting.pp > 1} < settings
+    assert max(row.setting.pp for row in plan_rows(replace(task(4), most_stages=2))) == 2
     assert not any(one.offload_optimizer or one.offload_parameters for one in settings)  # a CPU has nowhere to offload
     speeds = [row.step.tokens_per_s for row in rows]
     assert speeds == sorted(speeds, reverse=True)
@@ -138,6 +142,98 @@ def test_the_bubble_and_traffic_are_those_of_the_formulas() -> None:
     assert sent[3] == pytest.approx(3 / 4 * layout.num_micro_batches * 12 * parameters, abs=1)
 
 
+def gpus(slots: int = 4, config: TransformerConfig | None = None, **train: Any) -> PlanTask:
+    return replace(
+        task(slots, None, config, **train),
+        device="cuda",
+        precision=train.get("precision", "bf16"),
+        speed=DeviceSpeed(1e15, 0.4, 1e11, is_gpu=True, source="made up"),
+    )
+
+
+def changed(asked: PlanTask, row: PlanRow) -> TrainConfig:
+    """The section with the row's keys, as the command line would set them."""
+    tree = asked.train.model_dump()
+    for key, value in row.keys.items():
+        *section, name = key.removeprefix("train.").split(".")
+        (tree[section[0]] if section else tree)[name] = value
+    return TrainConfig.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {},
+        {"precision": "fp16"},
+        {"compile": True},
+        {"recompute": "blocks", "zero": {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}},
+        {"zero": {"stage": 3, "offload_parameters": "cpu"}, "micro_batch": 3},
+    ],
+    ids=["plain", "fp16", "compiled", "all on", "weights offloaded"],
+)
+def test_every_row_is_a_run_that_the_configuration_accepts_and_its_keys_give_it(train: dict[str, Any]) -> None:
+    asked = gpus(config=model(tie_embeddings=False), **train)
+    rows = plan_rows(asked)
+    assert wanted_setting(asked) in {row.setting for row in rows}
+    for row in rows:
+        accepted = changed(asked, row)
+        assert wanted_setting(replace(asked, train=accepted)) == row.setting
+        assert resolve_precision(accepted, "cuda") == asked.precision
+    pipelines = {row.setting for row in rows if row.setting.pp > 1}
+    assert not any(one.offload_optimizer or one.offload_parameters for one in pipelines)
+    assert bool(pipelines) == ("precision" not in train)
+    assert any(row.setting.zero_stage == 3 for row in rows) == ("compile" not in train)
+
+
+def test_a_row_without_masters_names_its_precision() -> None:
+    """On GPUs `auto` is fp32 without ZeRO and bf16 with it."""
+    asked = replace(gpus(zero={"stage": 0}), precision="fp32")
+    assert {row.keys.get("train.precision") for row in plan_rows(asked) if row.setting.zero_stage} == {"fp32"}
+    assert {row.keys.get("train.precision") for row in plan_rows(asked) if not row.setting.zero_stage} == {None}
+
+
+@pytest.mark.parametrize(
+    ("asked", "setting"),
+    [
+        (task(1, 2**32, micro_batch=3), Setting(1, 1, 1, 3)),
+        (task(1, micro_batch=6), Setting(1, 1, 1, 6)),
+        (task(1, 2**40, global_batch=256, micro_batch=128), Setting(1, 1, 1, 128)),
+        (task(2, 2**32, zero={"stage": 2, "offload_optimizer": "cpu"}), None),
+        (gpus(2, zero={"stage": 3, "offload_parameters": "cpu"}), None),
+    ],
+    ids=["3 rows", "6 rows", "128 rows", "offload on CPUs", "weights offloaded"],
+)
+def test_what_the_file_asks_for_is_among_the_rows_whatever_it_is(asked: PlanTask, setting: Setting | None) -> None:
+    wanted = wanted_setting(asked)
+    assert setting in (None, wanted)
+    rows = plan_rows(asked)
+    assert [row.setting for row in rows].count(wanted) == 1
+    chosen = best_row(asked, rows)
+    assert chosen is not None
+    assert replace(chosen.setting, micro_batch=wanted.micro_batch) == wanted
+
+
+def test_auto_is_the_layouts_own_where_the_memory_is_not_known() -> None:
+    unknown = task(1, global_batch=64)
+    chosen = best_row(unknown, plan_rows(unknown))
+    assert chosen is not None
+    assert chosen.layout == BatchLayout(64, 1, 1, "auto")
+    known = task(1, 2**40, global_batch=64)
+    best = best_row(known, plan_rows(known))
+    assert best is not None
+    assert best.layout.micro_batch > 8
+
+
+def test_ranks_share_a_machines_memory_less_their_libraries() -> None:
+    shared = replace(task(4, parallel={"dp": 2}), shared_bytes=10 * 2**30, rank_bytes=2**30)
+    limits = {row.setting.dp * row.setting.pp: row.device_limit for row in plan_rows(shared)}
+    assert limits == {4: 3 * 2**29, 2: 4 * 2**30}
+    assert {row.host_limit for row in plan_rows(shared)} == {None}
+    beside = replace(gpus(zero={"stage": 3, "offload_optimizer": "cpu"}), shared_bytes=2**20, memory_bytes=2**34)
+    wanted = row_of(beside, wanted_setting(beside))
+    assert (wanted.device_limit, wanted.host_limit, wanted.limit, wanted.fits) == (2**34, 2**18, "host memory", False)
+
+
 def test_auto_takes_the_fastest_micro_batch_that_fits_and_fixed_keys_stay() -> None:
     free = task(1, zero={"stage": 1})
     rows = plan_rows(free)
@@ -168,15 +264,7 @@ def test_too_few_slots_for_a_pipeline_are_named() -> None:
 
 def test_offload_moves_states_to_the_host() -> None:
     config = model()
-    asked = PlanTask(
-        train=TrainConfig.model_validate({"global_batch": 16}),
-        model=config,
-        seq_len=SEQ_LEN,
-        slots=2,
-        device="cuda",
-        precision="bf16",
-        speed=DeviceSpeed(1e15, 0.4, 1e11, is_gpu=True, source="made up"),
-    )
+    asked = gpus(2, config)
     plain, moved = row_of(asked, Setting(2, 1, 2, 2)), row_of(asked, Setting(2, 1, 2, 2, offload_optimizer=True))
     states = 12 * -(-config.num_parameters // 2)
     assert plain.peak_bytes - moved.peak_bytes == states

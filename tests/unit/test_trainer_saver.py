@@ -1,6 +1,7 @@
 """Asynchronous saves: the values of the moment, one in flight, and no failure that goes unheard."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -160,4 +161,21 @@ def test_a_save_that_hangs_ends_the_rank(
     with pytest.raises(SaveFailedError, match=r"waited 0 s for its part of step 9"):
         saver.wait()
     held_back.may_go_on.set()
+    saver.close()
+
+
+def test_a_save_that_others_wait_for_ends_before_their_patience(
+    tmp_path: Path, reports: list[PartReport], held_back: HeldBack
+) -> None:
+    saver = CheckpointSaver(str(tmp_path), 1, 3, CPU, reports.append, collective_timeout_s=2.0)
+    saver.save(9, live(9), None)
+    began = time.monotonic()
+    with pytest.raises(SaveFailedError, match=r"Rank 3.*step 9") as raised:
+        saver.save(10, live(10), None)
+    assert 1.4 < time.monotonic() - began < 1.9
+    for named in (str(tmp_path), "train.collective_timeout_s=2", "train.checkpoint.every"):
+        assert named in str(raised.value)
+    threading.Timer(1.0, held_back.may_go_on.set).start()
+    saver.wait(apart=True)
+    assert [report.step for report in reports] == [9]
     saver.close()

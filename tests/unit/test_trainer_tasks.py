@@ -182,6 +182,42 @@ def test_a_task_that_does_not_fit_is_named(task: str, facts: TaskFacts, said: st
         make_task(train_config(task), facts)
 
 
+class Raises:
+    """A user's own task with a mistake."""
+
+    def __init__(self, train: TrainConfig, facts: TaskFacts) -> None:
+        raise KeyError("vocabulary")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("tests.unit.test_trainer_tasks:Raises", "making it raised KeyError: 'vocabulary'"),
+        ("tests.unit.test_trainer_tasks:CPU", "making it raised TypeError"),
+        ("users_garbled:Mine", "importing its module raised SyntaxError"),
+        ("users_raising:Mine", "importing its module raised ZeroDivisionError"),
+    ],
+)
+def test_what_a_users_task_raises_is_named_with_its_path(
+    task: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "users_garbled.py").write_text("class Mine(:")
+    (tmp_path / "users_raising.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"train.task={task}: {said}"):
+        make_task(train_config(task), FACTS)
+
+
+def test_the_example_of_a_task_says_what_its_data_lack() -> None:
+    config = train_config("examples.ordinal_task:OrdinalClasses")
+    with pytest.raises(ConfigError, match=r"the dataset has 0 classes.*data.sources.N.label"):
+        make_task(config, TaskFacts())
+    task = make_task(config, FACTS)
+    assert task.num_labels == 2
+    with pytest.raises(ConfigError, match="data.rows=document"):
+        task.targets(TaskRows(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 3, dtype=torch.bool), None), 1.0)
+
+
 @pytest.mark.parametrize("weights", [{"bad": 1.0}, {"bad": 1.0, "good": 1.0, "odd": 1.0}])
 def test_weights_of_other_classes_are_named(weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="the classes are bad, good"):

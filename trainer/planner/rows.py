@@ -1,19 +1,24 @@
 """Every legal way to lay a run over its slots, each with memory, traffic, bubble and an estimate of its speed.
 
-Owns which combinations are legal (as `trainer.config` says), what limits a row, and which row is taken for `auto`.
+Owns what limits a row, which keys ask for it, and which row is taken for `auto`. Which combinations are legal is for
+`trainer.config` to say: every row is one that it accepts.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from data_service.errors import ConfigError
 from trainer.architecture import TransformerConfig
 from trainer.config import TrainConfig
-from trainer.planner.memory import Precision, RankMemory, Setting, rank_memory, stage_shapes
+from trainer.deepspeed_config import resolve_precision
+from trainer.planner.memory import Precision, RankMemory, Setting, StageShape, rank_memory, stage_shapes
 from trainer.planner.speed import DeviceSpeed, StepEstimate, estimate_step, traffic_bytes
 from trainer.stages import stage_bounds
-from trainer.topology import BatchLayout, Mesh
+from trainer.topology import BatchLayout
 
 __all__ = ["Limit", "PlanRow", "PlanTask", "best_row", "plan_rows", "row_of", "wanted_setting"]
 
@@ -22,6 +27,8 @@ _LARGEST_MICRO_BATCH = 64
 _AS_GOOD = 0.97
 _MARGIN = 0.95
 """Share of a device that a row may fill: predictions are good to a tenth, mostly on the safe side."""
+_OFFLOADS = ((False, False), (True, False), (True, True))
+"""Of the optimizer and of the weights."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +43,27 @@ class PlanTask:
     precision: Precision
     speed: DeviceSpeed
     memory_bytes: int | None = None
-    """Of one rank's device; None where it is not known: then every row fits."""
-    host_bytes: int | None = None
-    """Of the host for one rank, beside a GPU."""
+    """Of one rank's device, whatever the row."""
+    shared_bytes: int | None = None
+    """Of one machine, for all ranks together: what they compute in on CPUs, and the hosts' memory beside GPUs."""
+    rank_bytes: int = 0
+    """Of a rank's share of it, what its libraries take before anything else."""
+    most_stages: int | None = None
+    """Pipeline stages that the fewest nodes of an elastic run can hold."""
     isolate_documents: bool = False
+
+    def device_limit(self, ranks: int) -> int | None:
+        """Bytes that a rank may take where it computes; None where nobody knows: then every row fits."""
+        if self.memory_bytes is not None or self.device == "cuda":
+            return self.memory_bytes
+        return self._share(ranks)
+
+    def host_limit(self, ranks: int) -> int | None:
+        """Bytes that a rank may take of its host beside a GPU; None where nobody knows, or there is no GPU."""
+        return self._share(ranks) if self.device == "cuda" else None
+
+    def _share(self, ranks: int) -> int | None:
+        return None if self.shared_bytes is None else max(0, self.shared_bytes // ranks - self.rank_bytes)
 
 
 @dataclass(frozen=True)
@@ -55,9 +79,13 @@ class PlanRow:
     traffic: dict[str, int]
     """Bytes that a rank of the busiest stage sends in a step."""
     step: StepEstimate
-    fits: bool
+    device_limit: int | None
+    """Bytes that a rank may take where it computes, and of its host beside a GPU; None where nobody knows."""
+    host_limit: int | None
     limit: Limit
     """What is to be mended first to go faster, or to fit at all."""
+    keys: dict[str, int | str]
+    """Overrides that turn the file into this row: mesh, ZeRO stage and micro-batch, and others where they differ."""
 
     @property
     def peak_bytes(self) -> int:
@@ -69,18 +97,10 @@ class PlanRow:
         """Of the rank that needs most in the host's memory."""
         return max(one.host_total for one in self.memory)
 
-    def keys(self) -> dict[str, int | str | bool]:
-        """The keys of `train` that ask for this row."""
-        setting = self.setting
-        return {
-            "train.parallel.dp": setting.dp,
-            "train.parallel.pp": setting.pp,
-            "train.zero.stage": setting.zero_stage,
-            "train.micro_batch": self.layout.micro_batch,
-            **({"train.recompute": "blocks"} if setting.recompute else {}),
-            **({"train.zero.offload_optimizer": "cpu"} if setting.offload_optimizer else {}),
-            **({"train.zero.offload_parameters": "cpu"} if setting.offload_parameters else {}),
-        }
+    @property
+    def fits(self) -> bool:
+        """Whether a rank has room for it, as far as anybody knows."""
+        return self.limit not in ("memory", "host memory")
 
 
 def wanted_setting(task: PlanTask) -> Setting:
@@ -108,7 +128,7 @@ def wanted_setting(task: PlanTask) -> Setting:
 
 
 def plan_rows(task: PlanTask) -> list[PlanRow]:
-    """Every legal row, those that fit and the fastest first."""
+    """Every legal row, those that fit and the fastest first; what the file asks for is always among them."""
     rows = [row_of(task, setting) for setting in _settings(task)]
     return sorted(rows, key=lambda row: (not row.fits, row.peak_bytes if not row.fits else -row.step.tokens_per_s))
 
@@ -117,23 +137,13 @@ def best_row(task: PlanTask, rows: Sequence[PlanRow]) -> PlanRow | None:
     """The row to take among those that keep to what the file fixes and fit; None where none does.
 
     Of those within 3 % of the fastest it is the one with least memory: the estimate is no better than that. Fixed are
-    the pipeline stages, the ZeRO stage, offload, recomputation, and dp and micro-batch unless `auto`.
+    the mesh, the ZeRO stage, offload, recomputation, and the micro-batch unless it is `auto` and the memory is known:
+    where nobody knows it, `auto` stays what it is without a planner.
     """
     wanted = wanted_setting(task)
-
-    def keeps(row: PlanRow) -> bool:
-        setting = row.setting
-        return (
-            setting.pp == wanted.pp
-            and setting.dp == wanted.dp
-            and setting.zero_stage == wanted.zero_stage
-            and setting.recompute == wanted.recompute
-            and setting.offload_optimizer == wanted.offload_optimizer
-            and setting.offload_parameters == wanted.offload_parameters
-            and (task.train.micro_batch == "auto" or setting.micro_batch == wanted.micro_batch)
-        )
-
-    fitting = [row for row in rows if row.fits and keeps(row)]
+    free = task.train.micro_batch == "auto" and task.device_limit(wanted.dp * wanted.pp) is not None
+    kept = set(_micro_batches(task, wanted)) if free else {wanted}
+    fitting = [row for row in rows if row.fits and row.setting in kept]
     good = [row for row in fitting if row.step.tokens_per_s >= _AS_GOOD * fitting[0].step.tokens_per_s]
     return min(good, key=lambda row: row.peak_bytes, default=None)
 
@@ -145,7 +155,7 @@ def row_of(task: PlanTask, setting: Setting) -> PlanRow:
         ConfigError: there are more stages than blocks.
     """
     layout = BatchLayout(task.train.global_batch, setting.dp, setting.pp, setting.micro_batch)
-    shapes = stage_shapes(task.model, stage_bounds(task.model, setting.pp))
+    shapes = list(_shapes(task.model, setting.pp))
     element = 4 if task.precision == "fp32" else 2
     optimizer = task.train.optimizer
     moments = 2 if optimizer.name != "sgd" else int(optimizer.momentum > 0)
@@ -168,8 +178,9 @@ def row_of(task: PlanTask, setting: Setting) -> PlanRow:
     traffic = [traffic_bytes(task.model, setting, layout, one, task.seq_len, element) for one in shapes]
     step = estimate_step(task.model, setting, layout, shapes, task.seq_len, element, task.speed)
     bubble = (setting.pp - 1) / (layout.num_micro_batches + setting.pp - 1)
-    device_fits = task.memory_bytes is None or max(one.total for one in memory) <= _MARGIN * task.memory_bytes
-    host_fits = task.host_bytes is None or max(one.host_total for one in memory) <= _MARGIN * task.host_bytes
+    device_limit, host_limit = (limit(setting.dp * setting.pp) for limit in (task.device_limit, task.host_limit))
+    device_fits = device_limit is None or max(one.total for one in memory) <= _MARGIN * device_limit
+    host_fits = host_limit is None or max(one.host_total for one in memory) <= _MARGIN * host_limit
     return PlanRow(
         setting,
         layout,
@@ -177,9 +188,17 @@ def row_of(task: PlanTask, setting: Setting) -> PlanRow:
         bubble,
         max(traffic, key=lambda one: sum(one.values())),
         step,
-        device_fits and host_fits,
+        device_limit,
+        host_limit,
         _limit(task, layout, step, device_fits=device_fits, host_fits=host_fits),
+        _keys(task, setting),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(config: TransformerConfig, pp: int) -> tuple[StageShape, ...]:
+    """What the stages hold, the same in many rows."""
+    return tuple(stage_shapes(config, stage_bounds(config, pp)))
 
 
 def _limit(task: PlanTask, layout: BatchLayout, step: StepEstimate, *, device_fits: bool, host_fits: bool) -> Limit:
@@ -198,34 +217,76 @@ def _limit(task: PlanTask, layout: BatchLayout, step: StepEstimate, *, device_fi
     return worst if lost[worst] >= 0.1 else "compute"
 
 
+def _keys(task: PlanTask, setting: Setting) -> dict[str, int | str]:
+    train = task.train
+    keys: dict[str, int | str] = {
+        "train.parallel.dp": setting.dp,
+        "train.parallel.pp": setting.pp,
+        "train.zero.stage": setting.zero_stage,
+        "train.micro_batch": setting.micro_batch,
+    }
+    for key, now, asked in (
+        ("train.recompute", train.recompute, "blocks" if setting.recompute else "none"),
+        ("train.zero.offload_optimizer", train.zero.offload_optimizer, "cpu" if setting.offload_optimizer else "none"),
+        (
+            "train.zero.offload_parameters",
+            train.zero.offload_parameters,
+            "cpu" if setting.offload_parameters else "none",
+        ),
+    ):
+        if now != asked:
+            keys[key] = asked
+    zero = train.zero.model_copy(update={"stage": setting.zero_stage})
+    if resolve_precision(train.model_copy(update={"zero": zero}), task.device) != task.precision:
+        keys["train.precision"] = task.precision  # `auto` depends on the ZeRO stage
+    return keys
+
+
 def _settings(task: PlanTask) -> Iterator[Setting]:
-    """Every legal combination: meshes over the slots, ZeRO stages, micro-batches, recomputation, offload."""
+    """What the file asks for, and every other combination that `trainer.config` accepts; each once."""
+    wanted, tree, seen = wanted_setting(task), task.train.model_dump(), set[Setting]()
+    wanted_too = [wanted, *_micro_batches(task, wanted)] if task.train.micro_batch == "auto" else [wanted]
+    for setting in [*wanted_too, *_combinations(task)]:
+        if setting not in seen and (setting == wanted or _is_legal(tree, _keys(task, setting))):
+            seen.add(setting)
+            yield setting
+
+
+def _combinations(task: PlanTask) -> Iterator[Setting]:
+    """Meshes, ZeRO stages, offload, recomputation and micro-batches, legal or not; on CPUs nothing is offloaded."""
     for dp, pp in _meshes(task):
-        most = min(_LARGEST_MICRO_BATCH, -(-task.train.global_batch // dp))
-        micro_batches = sorted({min(most, 2**power) for power in range(most.bit_length() + 1)})
-        for stage in _zero_stages(task, pp):
-            for micro_batch in micro_batches:
+        for stage in range(4):
+            for optimizer, parameters in _OFFLOADS if task.device == "cuda" else _OFFLOADS[:1]:
                 for recompute in (False, True):
-                    yield Setting(dp, pp, stage, micro_batch, recompute)
-                    if task.device == "cuda" and stage > 0 and not (pp > 1 and task.model.tie_embeddings):
-                        yield Setting(dp, pp, stage, micro_batch, recompute, offload_optimizer=True)
-                        if stage == 3:
-                            yield Setting(dp, pp, stage, micro_batch, recompute, True, True)
+                    yield from _micro_batches(task, Setting(dp, pp, stage, 1, recompute, optimizer, parameters))
+
+
+def _micro_batches(task: PlanTask, setting: Setting) -> list[Setting]:
+    """The setting with micro-batches of powers of two rows, of all rows of a rank, and as `auto` without a planner."""
+    most = min(_LARGEST_MICRO_BATCH, -(-task.train.global_batch // setting.dp))
+    unplanned = BatchLayout(task.train.global_batch, setting.dp, setting.pp).micro_batch
+    sizes = {unplanned, *(min(most, 2**power) for power in range(most.bit_length() + 1))}
+    return [replace(setting, micro_batch=size) for size in sorted(sizes)]
+
+
+def _is_legal(tree: dict[str, Any], keys: dict[str, int | str]) -> bool:
+    """Whether the `train` section with these overrides is one."""
+    changed = {**tree, "parallel": dict(tree["parallel"]), "zero": dict(tree["zero"])}
+    for key, value in keys.items():
+        *section, name = key.split(".")[1:]
+        (changed[section[0]] if section else changed)[name] = value
+    try:
+        TrainConfig.model_validate(changed)
+    except ValidationError:
+        return False
+    return True
 
 
 def _meshes(task: PlanTask) -> Iterator[tuple[int, int]]:
     """Meshes that use all slots that they can, and as many blocks as stages at most."""
-    for pp in range(1, min(task.slots, task.model.num_layers) + 1):
+    for pp in range(1, min(task.slots, task.model.num_layers, task.most_stages or task.slots) + 1):
         dp = min(task.slots // pp, task.train.global_batch)
         if dp * pp == task.slots or pp == task.train.parallel.pp:
-            yield Mesh(dp, pp).dp, pp
+            yield dp, pp
     wanted = wanted_setting(task)
-    if wanted.dp != min(task.slots // wanted.pp, task.train.global_batch):
-        yield wanted.dp, wanted.pp
-
-
-def _zero_stages(task: PlanTask, pp: int) -> tuple[int, ...]:
-    """Legal ZeRO stages: 1 with a pipeline; 0 in fp32 only."""
-    if pp > 1:
-        return (1,)
-    return (0, 1, 2, 3) if task.precision == "fp32" else (1, 2, 3)
+    yield wanted.dp, wanted.pp
