@@ -152,7 +152,8 @@ class KnownMembers:
             self._doubts[member.worker_id] = _Doubt(strikes + 1, since, until, kind == "silent")
             if kind == "failed" and self._reports.qsize() < _MAX_REPORTS:
                 self._reports.put((member.worker_id, reason))
-        said = ascii(reason)[1:-1]  # it may quote anything, and a log takes no lone surrogate
+        # It may quote anything, and a log takes no lone surrogate.
+        said = reason.encode("utf-8", "backslashreplace").decode()
         if kind == "silent":
             _LOG.info("data worker %s: %s. Asking another too.", member.address, said)
             return
