@@ -5,10 +5,10 @@ Owns the processes it starts, their folder and their token, and leaves nothing b
 reach it, and it ends when this process does, whatever ends it. Never calls `ray stop`, which would end other clusters
 of this machine, and never looks at what HOME holds.
 
-Each node has an address of its own on the loopback network (127.0.0.2 is the head), a folder of its own and fixed free
-ports. That makes concurrent starts safe (nodes sharing a folder race for socket names) and quick: a raylet waits for
-its agents to tell their ports unless they are fixed (Ray 2.60; four nodes on two cores: 23 s in sequence with shared
-folders and open ports, 10 s at once with these).
+Each cluster has a block of the loopback network (127.x.y.2 is its head), and each node an address there, a folder of
+its own and fixed free ports. That keeps clusters from taking each other's ports, makes concurrent starts safe (nodes
+sharing a folder race for socket names) and quick: a raylet waits for its agents to tell their ports unless they are
+fixed (Ray 2.60; four nodes on two cores: 23 s in sequence with shared folders and open ports, 10 s at once with these).
 """
 
 import atexit
@@ -51,6 +51,8 @@ _NO_PORT = "65536"
 """Nothing can listen there. The dashboard's process, which runs on a head with a dashboard and without one, gives its
 metrics to anybody on all interfaces unless the head is 127.0.0.1 (Ray 2.60, dashboard/head.py), which a node cannot be:
 `ray start` replaces that address. Where the process cannot listen it goes on without."""
+_BLOCKS = 65_000
+"""Blocks of 256 addresses that a cluster takes one of by chance, from 127.0.1.0 on; a large one goes into the next."""
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent)
 
 _NODE_ENVIRONMENT = {
@@ -111,6 +113,7 @@ class LocalCluster:
         """Use `start`."""
         self._folder = folder
         self._ports: set[tuple[str, int]] = set()
+        self._block = 1 + secrets.randbelow(_BLOCKS)
         self._stopped = False
         self.token_file = folder / "token"
         """File (mode 0600) with the token that every client of the cluster must show."""
@@ -211,7 +214,7 @@ class LocalCluster:
             file.write(secrets.token_hex(32))
 
     def _start_head(self, cpus: float, gpus: int, object_store_bytes: int, dashboard: bool) -> None:
-        host = _host(0)
+        host = self._host(0)
         port = self._free_port(host)
         self.address = f"{host}:{port}"
         arguments = [
@@ -252,7 +255,7 @@ class LocalCluster:
         object_store_bytes: int,
         extra: dict[str, str],
     ) -> LocalNode:
-        host, name = _host(index), "head" if index == 0 else f"node-{index}"
+        host, name = self._host(index), "head" if index == 0 else f"node-{index}"
         folder, log = self._folder / f"n{index}", self._folder / f"{name}.log"
         folder.mkdir()
         ports = (
@@ -295,17 +298,21 @@ class LocalCluster:
         """Wait until the head knows all nodes as alive; fills in their ids."""
         with shown_token(self.client_environment()):
             from ray._raylet import GcsClient  # type: ignore[attr-defined]
+            from ray.exceptions import RayError
 
-            client = GcsClient(address=self.address)
             waiting = {node.host: node for node in self.all_nodes()}
             deadline = time.monotonic() + START_S
-            while waiting:
-                for node_id, info in client.get_all_node_info().items():
-                    if info.state == 0 and info.node_manager_address in waiting:
-                        waiting.pop(info.node_manager_address).node_id = node_id.hex()
-                for node in waiting.values():
-                    self._check(node, deadline)
-                time.sleep(0.05)
+            try:
+                client = GcsClient(address=self.address)
+                while waiting:
+                    for node_id, info in client.get_all_node_info().items():
+                        if info.state == 0 and info.node_manager_address in waiting:
+                            waiting.pop(info.node_manager_address).node_id = node_id.hex()
+                    for node in waiting.values():
+                        self._check(node, deadline)
+                    time.sleep(0.05)
+            except RayError as cause:
+                raise LocalNodeError(f"The local Ray head ({self.address}) does not answer: {cause}") from cause
 
     def _check(self, node: LocalNode, deadline: float) -> None:
         if not node.is_running:
@@ -317,6 +324,11 @@ class LocalCluster:
         tail = node.log.read_text(errors="replace")[-3000:] if node.log.exists() else "(no output)"
         raise LocalNodeError(f"The local Ray node {node.name} ({node.host}) {what}. Its last output:\n{tail}")
 
+    def _host(self, index: int) -> str:
+        """Loopback address of a node."""
+        number = (127 << 24) + (self._block << 8) + 2 + index
+        return socket.inet_ntoa(number.to_bytes(4, "big"))
+
     def _free_port(self, host: str) -> int:
         """A port of `host` that nothing listens on and that was not given out before."""
         while True:
@@ -326,12 +338,6 @@ class LocalCluster:
             if (host, port) not in self._ports:
                 self._ports.add((host, port))
                 return port
-
-
-def _host(index: int) -> str:
-    """Loopback address of a node. 127.0.0.1 is left out: Ray takes it for "find the real address"."""
-    number = index + 2
-    return f"127.0.{number >> 8}.{number & 255}"
 
 
 def _accepts(host: str, port: int) -> bool:

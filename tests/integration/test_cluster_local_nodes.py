@@ -119,6 +119,18 @@ def test_a_client_without_the_token_is_refused() -> None:
         assert "oken" in refused.stderr
 
 
+@pytest.mark.timeout(180)
+def test_clusters_of_one_machine_share_no_address() -> None:
+    """Nor a port by that: one that is picked for a cluster cannot be taken by another before its node listens."""
+    with (
+        LocalCluster.start(nodes=1, slots=1, object_store_bytes=OBJECT_STORE) as one,
+        LocalCluster.start(nodes=1, slots=1, object_store_bytes=OBJECT_STORE) as other,
+    ):
+        hosts = [node.host for cluster in (one, other) for node in cluster.all_nodes()]
+        assert len(set(hosts)) == 4
+        assert all(host.startswith("127.") and host != "127.0.0.1" for host in hosts)
+
+
 @pytest.mark.timeout(120)
 def test_nodes_end_when_their_owner_is_killed() -> None:
     script = (

@@ -125,11 +125,12 @@ def test_a_read_that_fails_is_tried_again(root, proxy, kind, caplog):
     began = time.monotonic()
     assert storage.read_bytes(uri) == DATA
     assert storage.read_range(uri, 100, 5000) == DATA[100:5100]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert [one.fault for one in proxy.asked("GET", "file")] == [kind] * 3 + [None] * 2
     if kind == "reset":
         return  # aiohttp asks once more by itself
-    assert [record.getMessage().partition(" failed (")[0] for record in caplog.records] == [f"reading {uri}"] * 3
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("data_service")]
+    assert [message.partition(" failed (")[0] for message in told] == [f"reading {uri}"] * 3
     waits = [after.at_s - before.at_s for before, after in zip(proxy.requests, proxy.requests[1:], strict=False)]
     assert len({round(wait, 4) for wait in waits[:3]}) == 3  # with jitter
 
