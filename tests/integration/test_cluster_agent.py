@@ -115,7 +115,7 @@ def test_a_failing_rank_says_why(pool: Pool) -> None:
     node, agent = next(iter(pool.agents.items()))
     info = pool.infos[node]
     assert (info.node_id, info.slots, info.gpu_ids) == (node, 1, ())
-    assert info.host.startswith("127.0.0.")
+    assert info.host.startswith("127.")
     after = last_seq(agent)
     port = ray.get(agent.free_port.remote(), timeout=DEADLINE_S)
     ray.get(agent.start_attempt.remote(1, [spec(1, port=port).to_json()]), timeout=DEADLINE_S)
