@@ -7,6 +7,7 @@ one section. Nothing here touches a cluster: the checks need the file alone.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +21,10 @@ from data_service.config import DataConfig
 from data_service.errors import ConfigError
 from data_service.settings import Section
 from serve.config import ServeConfig
-from trainer.config import RUN_REFERENCE, ModelConfig, TrainConfig
+from trainer.config import RUN_REFERENCE, AutoTrainConfig, ModelConfig, TrainConfig
 from trainer.observe.config import ObserveConfig
 
-__all__ = ["RunConfig", "dump_yaml", "load_config"]
+__all__ = ["LaidOutConfig", "RunConfig", "dump_yaml", "load_config"]
 
 
 class RunConfig(Section):
@@ -37,7 +38,7 @@ class RunConfig(Section):
     """What is trained on."""
     model: ModelConfig = ModelConfig()
     """The Transformer."""
-    train: TrainConfig = TrainConfig()
+    train: AutoTrainConfig = AutoTrainConfig()
     """How it is trained."""
     observe: ObserveConfig = ObserveConfig()
     """How the run is watched."""
@@ -48,7 +49,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        pp, dp, slots = self.train.parallel.pp, self.train.parallel.dp, self.cluster.total_slots
+        pp, dp, slots = self.train.parallel.safe_pp, self.train.parallel.dp, self.cluster.total_slots
         if self.model.from_ is None and pp > self.model.num_layers:
             raise ValueError(
                 f"train.parallel.pp={pp} with model.num_layers={self.model.num_layers}: a stage needs a layer. "
@@ -57,7 +58,7 @@ class RunConfig(Section):
         wanted = pp * (1 if dp == "auto" else dp)
         if wanted > slots:
             raise ValueError(
-                f"train.parallel.dp={dp} with train.parallel.pp={pp} needs {wanted} slots, and "
+                f"train.parallel.dp={dp} with train.parallel.pp={self.train.parallel.pp} needs {wanted} slots, and "
                 f"cluster.nodes={self.cluster.nodes} with cluster.node.slots={self.cluster.node.slots} gives {slots}. "
                 "Add nodes or slots, or lower the mesh."
             )
@@ -152,6 +153,34 @@ class RunConfig(Section):
         """Hex digest (blake2b, 64 bits) of the resolved configuration."""
         text = json.dumps(self.resolved(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class LaidOutConfig(RunConfig):
+    """A run whose layout is decided: what trains takes this one, so that no `auto` of the layout can reach a rank."""
+
+    train: TrainConfig = TrainConfig()
+    """How it is trained."""
+
+    @classmethod
+    def of(cls, config: RunConfig, keys: Mapping[str, int | str]) -> Self:
+        """The run with these dotted keys, checked anew as a whole.
+
+        Raises:
+            ConfigError: together they are no run; or a key of the layout is `auto` still.
+        """
+        tree = config.model_dump(by_alias=True)
+        for dotted, value in keys.items():
+            *sections, name = dotted.split(".")
+            holder = tree
+            for section in sections:
+                holder = holder[section]
+            holder[name] = value
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            asked = " ".join(f"{key}={value}" for key, value in keys.items()) or "as the file has it"
+            found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+            raise ConfigError(f"the layout {asked} is none that this run can have: {found}. Write it out.") from error
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

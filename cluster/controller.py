@@ -11,7 +11,7 @@ from typing import Literal
 
 from cluster.attempt import Attempt, AttemptOutcome, AttemptTiming
 from cluster.checkpoint_commits import CheckpointCommitter
-from cluster.config import RunConfig
+from cluster.config import LaidOutConfig
 from cluster.console import RunConsole
 from cluster.data_actors import DataServiceHandle
 from cluster.errors import RunFailedError
@@ -59,7 +59,7 @@ class Controller:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: LaidOutConfig,
         pool: NodePool,
         writer: RunWriter,
         console: RunConsole,

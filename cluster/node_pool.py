@@ -212,8 +212,10 @@ class NodePool:
         return node not in self._agents and node not in self._lost
 
     def _mesh_slots(self) -> int:
-        """Slots of the mesh that was asked for; one pipeline where dp is auto."""
+        """Slots of the mesh that was asked for; one pipeline where dp is auto, all that a plan may use where pp is."""
         parallel = self._config.train.parallel
+        if parallel.pp == "auto":
+            return self._config.cluster.total_slots
         return parallel.pp * (1 if parallel.dp == "auto" else parallel.dp)
 
     def _start_agents(self, timeout_s: float) -> bool:

@@ -1,15 +1,15 @@
 """What the planner is asked for a run: slots, device, memory and speed, stated, of known GPUs or measured here.
 
-Owns where each figure is from, what cannot be planned, the choice of a micro-batch for `auto`, and the refusal of what
-does not fit.
+Owns where each figure is from, what cannot be planned, what `auto` stands for (the layout and the micro-batch), and the
+refusal of what does not fit.
 """
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
-from cluster.config import RunConfig
+from cluster.config import LaidOutConfig, RunConfig
 from cluster.machine_memory import machine_bytes
 from data_service.errors import ConfigError
 from data_service.manifest import DatasetManifest
@@ -133,7 +133,7 @@ def check_fits(task: PlanTask) -> PlanRow:
             f"The run does not fit: {asked}; no legal layout of this model over {task.slots} slots does. Lower "
             "data.seq_len or the model, or take more or larger devices."
         )
-    keys = " ".join(f"{key}={value}" for key, value in fitting.keys.items())
+    keys = _written(fitting.keys)
     raise ConfigError(f"The run does not fit: {asked}. This fits, with {gib(fitting.peak_bytes)}: {keys}")
 
 
@@ -149,27 +149,42 @@ def unplanned(config: RunConfig) -> str | None:
     return None
 
 
-def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> RunConfig:
-    """The run with the best micro-batch that fits, where the file says `auto` and the memory of a rank is known.
+def laid_out(config: RunConfig, dataset: DatasetManifest, say: Callable[[str], None]) -> LaidOutConfig:
+    """The run with every `auto` of the layout decided, and the micro-batch where the memory of a rank is known.
 
-    Nothing is planned for what `unplanned` names, nor for GPUs that are not known here: it trains as the file says.
+    Where it is, they are those of the best row that fits and keeps to what the file fixes. Nothing is planned for what
+    `unplanned` names, nor for GPUs that are not known here: there `auto` is `AutoTrainConfig.auto_layout`.
 
     Raises:
         ConfigError: the run does not fit; the message names the row that would, where one does.
     """
-    if unplanned(config) is not None:
-        return config
-    try:
-        task = plan_task(config, dataset.vocab_size, num_labels(config, dataset))
-    except ConfigError as error:
-        say(f"the run is not planned: {error}")
-        return config
+    safe, task, why = config.train.auto_layout, None, unplanned(config)
+    if why is None:
+        try:
+            task = plan_task(config, dataset.vocab_size, num_labels(config, dataset))
+        except ConfigError as error:
+            why = str(error)
+            if not safe:
+                say(f"the run is not planned: {error}")
+    if task is None:
+        return _without_plan(config, safe, why, say)
     row = check_fits(task)
-    say(f"planned: micro-batches of {row.layout.micro_batch} rows, at most {gib(row.peak_bytes)} a rank")
-    if config.train.micro_batch != "auto" or row.device_limit is None:
-        return config
-    train = config.train.model_copy(update={"micro_batch": row.layout.micro_batch})
-    return config.model_copy(update={"train": train})
+    keys = {} if row.device_limit is None else {key: row.keys[key] for key in safe}
+    chosen = f"{_written(keys)}, " if keys else ""
+    say(f"planned: {chosen}micro-batches of {row.layout.micro_batch} rows, at most {gib(row.peak_bytes)} a rank")
+    if row.device_limit is None:
+        return _without_plan(config, safe, "the memory of a rank is not known here", say)
+    if config.train.micro_batch == "auto":
+        keys["train.micro_batch"] = row.layout.micro_batch
+    return LaidOutConfig.of(config, keys)
+
+
+def _without_plan(
+    config: RunConfig, safe: Mapping[str, int | str], why: str | None, say: Callable[[str], None]
+) -> LaidOutConfig:
+    if safe:
+        say(f"auto is {_written(safe)}, as without a plan: {why}")
+    return LaidOutConfig.of(config, safe)
 
 
 def num_labels(config: RunConfig, dataset: DatasetManifest | None) -> int | None:
@@ -188,6 +203,11 @@ def _model(config: RunConfig, vocab_size: int, labels: int | None) -> Transforme
         return _model(config, vocab_size, 0)
     except ConfigError:  # an encoder, or a classifier
         return _model(config, vocab_size, 2)
+
+
+def _written(keys: Mapping[str, int | str]) -> str:
+    """Keys as overrides."""
+    return " ".join(f"{key}={value}" for key, value in keys.items())
 
 
 def _lacking(task: PlanTask, row: PlanRow) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 from cluster.chaining import check_base, with_base
-from cluster.config import RunConfig
+from cluster.config import LaidOutConfig, RunConfig
 from cluster.console import RunConsole
 from cluster.controller import Controller
 from cluster.events import Event
@@ -103,7 +103,7 @@ def _check_servable(config: RunConfig) -> None:
         _refuse_classifier(config.train.task)
 
 
-def _check_task_servable(config: RunConfig, manifest: DatasetManifest) -> None:
+def _check_task_servable(config: LaidOutConfig, manifest: DatasetManifest) -> None:
     """Refuse a user's own task whose model an endpoint cannot answer with; only the task knows, with its dataset.
 
     Raises:
@@ -163,10 +163,10 @@ def _train(
             )
         seconds = time.monotonic() - began
         _tell_dataset(config, manifest, seconds, writer, console)
+        decided = laid_out(config, manifest, console.say)
         if to_serve:
-            _check_task_servable(config, manifest)
-        config = laid_out(config, manifest, console.say)
-        outcome = Controller(config, pool, writer, console, manifest, stop).train()
+            _check_task_servable(decided, manifest)
+        outcome = Controller(decided, pool, writer, console, manifest, stop).train()
         if outcome.reason == "stopped":
             writer.events.enter(RunState.CANCELLED)
             writer.events.write(Event.RUN_ENDED, fields={"step": outcome.step, "error": None})

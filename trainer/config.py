@@ -1,4 +1,7 @@
-"""Configuration of `model` and `train`."""
+"""Configuration of `model` and `train`.
+
+What decides a run's layout may be `auto` in a file: `AutoTrainConfig`. A rank is told a `TrainConfig`, which has none.
+"""
 
 import re
 from typing import Annotated, Literal, Self
@@ -8,6 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from data_service.settings import Section
 
 __all__ = [
+    "AutoParallelConfig",
+    "AutoTrainConfig",
+    "AutoZeroConfig",
     "CheckpointConfig",
     "ClassificationConfig",
     "EvalConfig",
@@ -89,13 +95,13 @@ class ModelConfig(Section):
         return self
 
 
-class ParallelConfig(Section):
+class AutoParallelConfig(Section):
     """The mesh of ranks: dp · pp processes."""
 
     dp: int | Literal["auto"] = "auto"
     """Data-parallel degree; `auto` takes what the slots allow. After a loss an elastic run goes on with less."""
-    pp: int = Field(1, ge=1)
-    """Pipeline stages."""
+    pp: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Pipeline stages. `auto` is what the planner finds best whenever the run is started; where it cannot plan, 1."""
     balance: Literal["parameters", "measured"] = "parameters"
     """What layers cost where a pipeline is cut: their matrices, or their time, measured when an attempt starts."""
 
@@ -105,16 +111,30 @@ class ParallelConfig(Section):
             raise ValueError(f"dp={self.dp}: a degree is at least 1. Set a positive number or auto.")
         return self
 
+    @property
+    def safe_pp(self) -> int:
+        """Pipeline stages; for `auto` those without a plan."""
+        return 1 if self.pp == "auto" else self.pp
 
-class ZeroConfig(Section):
+
+class ParallelConfig(AutoParallelConfig):
+    """The mesh, its pipeline stages decided."""
+
+    pp: int = Field(1, ge=1)
+    """Pipeline stages."""
+
+
+class AutoZeroConfig(Section):
     """DeepSpeed ZeRO."""
 
-    stage: Literal[0, 1, 2, 3] = 1
-    """What is partitioned over dp: nothing, optimizer states, gradients as well, or weights as well."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    """`cpu` keeps masters and moments in host memory, and updates them there."""
-    offload_parameters: Literal["none", "cpu"] = "none"
-    """`cpu` keeps the partitions of the weights in host memory between uses; needs stage 3."""
+    stage: Literal[0, 1, 2, 3, "auto"] = 1
+    """What is partitioned over dp: nothing, optimizer states, gradients as well, or weights as well. `auto` takes what
+    the planner finds best; where it cannot plan 1, and 3 with offloaded weights."""
+    offload_optimizer: Literal["none", "cpu", "auto"] = "none"
+    """`cpu` keeps masters and moments in host memory, and updates them there. `auto` does so on GPUs where the planner
+    finds it best, and knows the host's memory."""
+    offload_parameters: Literal["none", "cpu", "auto"] = "none"
+    """`cpu` keeps the partitions of the weights in host memory between uses; needs stage 3. `auto` as above."""
 
     @model_validator(mode="after")
     def _offload_is_legal(self) -> Self:
@@ -122,11 +142,29 @@ class ZeroConfig(Section):
             raise ValueError(
                 "offload_optimizer=cpu with stage=0: without ZeRO every rank would hold all of it. Set stage=1, 2 or 3."
             )
-        if self.offload_parameters == "cpu" and self.stage != 3:
+        if self.offload_parameters == "cpu" and self.stage not in (3, "auto"):
             raise ValueError(
                 f"offload_parameters=cpu with stage={self.stage}: only stage 3 cuts the weights. Set stage=3."
             )
         return self
+
+    @property
+    def safe_stage(self) -> Literal[0, 1, 2, 3]:
+        """The stage; for `auto` the one without a plan."""
+        if self.stage == "auto":
+            return 3 if self.offload_parameters == "cpu" else 1
+        return self.stage
+
+
+class ZeroConfig(AutoZeroConfig):
+    """DeepSpeed ZeRO, all decided."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """What is partitioned over dp."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Where masters and moments are."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Where the partitions of the weights are."""
 
 
 class ParameterGroupConfig(Section):
@@ -250,7 +288,7 @@ class LoraConfig(Section):
         return self
 
 
-class TrainConfig(Section):
+class AutoTrainConfig(Section):
     """How it is trained."""
 
     task: str = Field("causal_lm", pattern=TASK_PATTERN)
@@ -260,9 +298,9 @@ class TrainConfig(Section):
     """Train adapters instead of the model's own weights."""
     classification: ClassificationConfig = ClassificationConfig()
     """How classes are told apart; for `text_classification`."""
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: AutoParallelConfig = AutoParallelConfig()
     """The mesh."""
-    zero: ZeroConfig = ZeroConfig()
+    zero: AutoZeroConfig = AutoZeroConfig()
     """DeepSpeed ZeRO."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where the slots have GPUs."""
@@ -274,9 +312,9 @@ class TrainConfig(Section):
     micro_batch: int | Literal["auto"] = "auto"
     """Rows per forward pass of a rank. `auto` takes what the planner finds fastest of what fits, where the memory of a
     rank is known; elsewhere at most 8 rows, and few enough to keep a pipeline full."""
-    recompute: Literal["none", "blocks"] = "none"
+    recompute: Literal["none", "blocks", "auto"] = "none"
     """What the forward pass keeps for the backward pass: everything, or of each block only its input, at the price of
-    computing the block twice."""
+    computing the block twice. `auto` takes what the planner finds best, and `none` where it cannot plan."""
     compile: bool = False
     """Let torch.compile fuse the inside of each block; for GPUs, where it saves passes over memory. Every rank then
     compiles for a minute when it starts."""
@@ -299,7 +337,13 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _mesh_is_legal(self) -> Self:
-        if self.parallel.pp > 1 and self.zero.stage != 1:
+        pp = self.parallel.safe_pp
+        if self.zero.stage == "auto" and self.zero.offload_parameters == "cpu" and (pp > 1 or self.compile):
+            raise ValueError(
+                f"zero.offload_parameters=cpu with parallel.pp={self.parallel.pp} and compile={self.compile}: it needs "
+                "ZeRO stage 3, which goes with neither. Set zero.offload_parameters=none, or change these."
+            )
+        if pp > 1 and self.zero.stage not in (1, "auto"):
             raise ValueError(
                 f"zero.stage={self.zero.stage} with parallel.pp={self.parallel.pp}: pipeline stages need ZeRO "
                 "stage 1. Set zero.stage=1 or parallel.pp=1."
@@ -316,12 +360,12 @@ class TrainConfig(Section):
                 f"compile=true with device={self.device} and zero.stage={self.zero.stage}: blocks are compiled for "
                 "GPUs, and ZeRO stage 3 reads its weights by hooks that cannot be. Set compile=false."
             )
-        if self.parallel.pp > 1 and self.precision == "fp16":
+        if pp > 1 and self.precision == "fp16":
             raise ValueError(
                 f"precision=fp16 with parallel.pp={self.parallel.pp}: DeepSpeed adds up tied gradients in a pipeline "
                 "before they are scaled back. Set precision=bf16 or parallel.pp=1."
             )
-        if self.parallel.pp > 1 and self.zero.offload_optimizer == "cpu":
+        if pp > 1 and self.zero.offload_optimizer == "cpu":
             raise ValueError(
                 f"zero.offload_optimizer=cpu with parallel.pp={self.parallel.pp}: DeepSpeed moves gradients to the "
                 "host before a pipeline has added up the tied ones. Set zero.offload_optimizer=none or parallel.pp=1."
@@ -333,3 +377,26 @@ class TrainConfig(Section):
                 f"schedule.warmup_steps={self.schedule.warmup_steps} exceeds steps={self.steps}. Lower one."
             )
         return self
+
+    @property
+    def auto_layout(self) -> dict[str, int | str]:
+        """Keys of the layout that are left to the planner, with what they are where it cannot plan."""
+        keys: dict[str, tuple[int | str, int | str]] = {
+            "train.parallel.pp": (self.parallel.pp, self.parallel.safe_pp),
+            "train.zero.stage": (self.zero.stage, self.zero.safe_stage),
+            "train.zero.offload_optimizer": (self.zero.offload_optimizer, "none"),
+            "train.zero.offload_parameters": (self.zero.offload_parameters, "none"),
+            "train.recompute": (self.recompute, "none"),
+        }
+        return {key: safe for key, (asked, safe) in keys.items() if asked == "auto"}
+
+
+class TrainConfig(AutoTrainConfig):
+    """How it is trained, with the layout decided, but for dp and the micro-batch: they follow the slots."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """The mesh."""
+    zero: ZeroConfig = ZeroConfig()
+    """DeepSpeed ZeRO."""
+    recompute: Literal["none", "blocks"] = "none"
+    """What the forward pass keeps for the backward pass."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from data_service.errors import ConfigError
-from trainer.config import TrainConfig
+from trainer.config import AutoTrainConfig, TrainConfig
 from trainer.topology import BatchLayout
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ _LIVE_ELEMENTS = 100_000_000
 """Elements of gathered weights that ZeRO 3 may keep before it releases and prefetches no more."""
 
 
-def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Precision:
+def resolve_precision(train: AutoTrainConfig, device: Literal["cpu", "cuda"]) -> Precision:
     """What `train.precision` stands for: bf16 on GPUs (where ZeRO keeps fp32 masters) and fp32 elsewhere for `auto`.
+
+    A ZeRO stage that is to be planned counts as one: with `auto` for both, the plan is for bf16 and leaves out stage 0.
 
     Raises:
         ConfigError: fp16 on CPUs.
@@ -51,7 +53,7 @@ def resolve_precision(train: TrainConfig, device: Literal["cpu", "cuda"]) -> Pre
         raise ConfigError("train.precision=fp16 on CPUs: fp16 is for GPUs. Set train.precision=bf16 or fp32.")
     if train.precision != "auto":
         return train.precision
-    return "bf16" if device == "cuda" and train.zero.stage > 0 else "fp32"
+    return "bf16" if device == "cuda" and train.zero.stage != 0 else "fp32"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
     _print_run(task, chosen, vocab_size)
     if note is not None:
         print(f"note: {note}. `stormjib train` refuses nothing for its size here.")
-    _print_rows(rows if arguments.all else rows[:_SHOWN_ROWS], len(rows))
+    _print_rows(rows, chosen, most=len(rows) if arguments.all else _SHOWN_ROWS)
     _print_data(config, data)
     for line in advice:
         print(line)
@@ -120,11 +120,13 @@ def _print_run(task: "PlanTask", row: "PlanRow", vocab_size: int) -> None:
     )
 
 
-def _print_rows(rows: "list[PlanRow]", total: int) -> None:
-    print(f"rows: {len(rows)} of {total} legal, the fastest that fit first; speeds are estimates")
+def _print_rows(rows: "list[PlanRow]", chosen: "PlanRow", most: int) -> None:
+    """The first rows, and behind them that of the run where it is none of them."""
+    shown = rows[:most] + [row for row in rows[most:] if row.setting == chosen.setting]
+    print(f"rows: {len(shown)} of {len(rows)} legal, the fastest that fit first; speeds are estimates")
     print(f"{'dp':>4} {'pp':>3} {'ZeRO':>4} {'micro':>5} {'recompute':>9} {'offload':>9} {'GiB':>8} {'bubble':>6} "
           f"{'sent GiB':>8} {'tokens/s':>11}  limit")  # fmt: skip
-    for row in rows:
+    for row in shown:
         setting = row.setting
         offload = _OFFLOAD[setting.offload_optimizer, setting.offload_parameters]
         sent = sum(row.traffic.values()) / 2**30
@@ -132,7 +134,7 @@ def _print_rows(rows: "list[PlanRow]", total: int) -> None:
             f"{setting.dp:>4} {setting.pp:>3} {setting.zero_stage:>4} {row.layout.micro_batch:>5} "
             f"{'blocks' if setting.recompute else '-':>9} {offload:>9} {row.peak_bytes / 2**30:>8.2f} "
             f"{row.bubble:>6.0%} {sent:>8.2f} {row.step.tokens_per_s:>11,.0f}  {row.limit}"
-            f"{'' if row.fits else ': does not fit'}"
+            f"{'' if row.fits else ': does not fit'}{'  <- the run' if setting == chosen.setting else ''}"
         )
 
 

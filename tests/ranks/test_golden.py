@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.config import RunConfig, load_config
+from cluster.config import LaidOutConfig, RunConfig, load_config
 from cluster.run_store import RunFolder
 from data_service.access import DataAccess
 from data_service.control import ControlServer
@@ -82,7 +82,7 @@ def test_ranks_go_on_from_it(golden: Path, config: RunConfig, rows: DataAccess, 
         seq_len=config.data.seq_len,
         vocab_size=manifest.vocab_size,
         model=config.model,
-        train=config.train,
+        train=LaidOutConfig.of(config, {}).train,
         data=rows,
         checkpoints_uri=uri,
         resume_step=KEPT_STEP,

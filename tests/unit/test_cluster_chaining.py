@@ -10,10 +10,13 @@ import pytest
 
 from cluster.chaining import Reference, base_uri, check_base, choose_step, parse_reference, peek_base, with_base
 from cluster.config import RunConfig, dump_yaml, load_config
+from cluster.planning import unplanned
 from cluster.run_store import RunFolder
 from data_service.errors import ConfigError
-from tests.helpers.tiny_model import train_tokenizer
+from data_service.prepare import prepare
+from tests.helpers.tiny_model import make_model_folder, train_tokenizer
 from tests.helpers.written_parts import cut, make_state
+from tests.unit.test_data_chat import CHATML
 from trainer.checkpoint import write_part
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointCorruptError
@@ -267,6 +270,24 @@ def test_the_two_files_of_the_example_belong_together() -> None:
     assert second.data.tokenizer.path == f"{first.dataset_uri}/tokenizer"
     assert second.data.sources[0].path == first.data.sources[0].path
     assert second.data.split.eval == first.data.split.eval, "the same texts are held out"
+
+
+def test_the_example_of_chats_reads_the_line_that_it_shows(tmp_path: Path) -> None:
+    file = Path(__file__).resolve().parents[2] / "examples" / "sft_lora.yaml"
+    config = load_config(file)
+    assert config.data.tokenizer.path == config.model.from_ == str(file.parent / "SmolLM2-135M-Instruct")
+    assert config.train.lora is not None
+    (shown,) = [line for line in file.read_text().splitlines() if line.startswith('# {"')]
+    (tmp_path / "chats.jsonl").write_text(shown.removeprefix("# ") + "\n", encoding="utf-8")
+    (tmp_path / "chatml.jinja").write_text(CHATML, encoding="utf-8")
+    base = make_model_folder(tmp_path / "base")
+    here = [f"model.from={base}", f"data.tokenizer.path={base}", f"data.sources.0.path={tmp_path / 'chats.jsonl'}"]
+    here += [f"data.chat_template={tmp_path / 'chatml.jinja'}", "data.split.eval=0", f"run.storage={tmp_path / 'runs'}"]
+    config = load_config(file, here)
+    dataset = prepare(config.data, config.dataset_uri)
+    assert (dataset.num_documents("train"), dataset.num_rejects) == (1, 0)
+    assert dataset.loss_masks, "the loss is on the answer alone"
+    assert unplanned(config) is not None, "so the file states its micro-batch"
 
 
 def test_the_example_s_reviews_are_written_where_its_files_look(

@@ -60,6 +60,25 @@ def test_plan_tells_the_epochs_of_each_source(file: Path, capsys: pytest.Capture
     assert "source small: " in capsys.readouterr().out
 
 
+OPEN = ["train.parallel={dp: auto, pp: auto}", "train.zero.stage=auto", "train.recompute=auto"]
+
+
+def test_plan_marks_the_row_that_the_run_would_take(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides in ([], OPEN, [*OPEN, "train.parallel.pp=2", "train.micro_batch=1", "train.recompute=blocks"]):
+        arguments = ["plan", str(file), *overrides, "--memory-gib", "4"]
+        assert main([*arguments, "--json"]) == 0
+        run = json.loads(capsys.readouterr().out)["run"]
+        for more in ([], ["--all"]):
+            assert main([*arguments, *more]) == 0
+            (marked,) = [line for line in capsys.readouterr().out.splitlines() if line.endswith("<- the run")]
+            recompute = "blocks" if run["recompute"] else "-"
+            wanted = [run["dp"], run["pp"], run["zero_stage"], run["micro_batch"], recompute]
+            assert marked.split()[:5] == [str(value) for value in wanted]
+        assert "auto" not in run["keys"].values()
+    assert main(["plan", str(file), *OPEN, "--memory-gib", "0.001"]) == 2
+    assert "The run does not fit" in capsys.readouterr().err
+
+
 def test_doctor_looks_at_sources_and_at_a_running_service(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

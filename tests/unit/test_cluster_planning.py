@@ -2,20 +2,23 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster import planning
 from cluster.cli import main
-from cluster.config import RunConfig, load_config
+from cluster.config import LaidOutConfig, RunConfig, load_config
 from cluster.machine_memory import container_bytes
+from cluster.node_pool import NodePool
 from cluster.planning import check_fits, laid_out, plan_task
 from data_service.errors import ConfigError
 from data_service.manifest import DatasetManifest
 from data_service.prepare import prepare
 from tests.helpers.runs import write_run
 from tests.helpers.tiny_model import make_model_folder
+from trainer.deepspeed_config import resolve_precision
 
 GIB = 2**30
 
@@ -62,6 +65,105 @@ def test_on_a_ray_that_is_joined_nothing_is_known_and_nothing_refused(
         found, said = laid(config, dataset)
         assert found == config.train.micro_batch  # `auto` stays, and follows the mesh after a loss
         assert "planned" in said[0]
+
+
+AUTO = ["train.parallel.pp=auto", "train.recompute=auto"]
+AUTO += [f"train.zero.{key}=auto" for key in ("stage", "offload_optimizer", "offload_parameters")]
+GPUS = "cluster.node={slots: 2, gpus: 2}"
+
+
+def decided(config: RunConfig, dataset: DatasetManifest) -> tuple[LaidOutConfig, dict[str, int | str], str]:
+    """The run, its layout by key, and all that was said."""
+    said: list[str] = []
+    found = laid_out(config, dataset, said.append)
+    zero = found.train.zero
+    layout = {
+        "pp": found.train.parallel.pp,
+        "stage": zero.stage,
+        "offload": f"{zero.offload_optimizer} {zero.offload_parameters}",
+        "recompute": found.train.recompute,
+    }
+    return found, layout, "\n".join(said)
+
+
+def test_auto_is_the_row_that_the_planner_takes_and_the_console_tells_it(file: Path, dataset: DatasetManifest) -> None:
+    config = load_config(file, AUTO)
+    found, layout, said = decided(config, dataset)
+    row = check_fits(plan_task(config, dataset.vocab_size, 0))
+    assert layout == {"pp": 1, "stage": 0, "offload": "none none", "recompute": "none"}  # least traffic, memory enough
+    assert (layout["pp"], layout["stage"]) == (row.setting.pp, row.setting.zero_stage)
+    assert found.train.micro_batch == row.layout.micro_batch
+    assert found.train.parallel.dp == "auto"  # it follows the slots, before and after a loss
+    assert said.startswith("planned: train.parallel.pp=1 train.zero.stage=0 train.zero.offload_optimizer=none ")
+    assert "train.recompute=none, micro-batches of" in said
+    assert check_fits(plan_task(found, dataset.vocab_size, 0)).setting == row.setting
+
+
+def test_what_the_file_fixes_stays_beside_auto(file: Path, dataset: DatasetManifest) -> None:
+    _, layout, said = decided(load_config(file, [*AUTO, "train.parallel.pp=2", "train.recompute=blocks"]), dataset)
+    assert layout == {"pp": 2, "stage": 1, "offload": "none none", "recompute": "blocks"}
+    assert "train.parallel.pp" not in said
+    found, layout, _ = decided(load_config(file, [*AUTO, "train.zero.stage=3", "train.micro_batch=3"]), dataset)
+    assert (layout["pp"], layout["stage"], found.train.micro_batch) == (1, 3, 3)
+    nothing = load_config(file, ["train.micro_batch=4"])
+    assert decided(nothing, dataset)[0].resolved() == nothing.resolved()
+
+
+def test_a_run_that_fits_with_means_alone_gets_them(
+    file: Path, dataset: DatasetManifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "_own_gpu", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(planning, "machine_bytes", lambda: 4000 * GIB)
+    shape = ["model.d_model=8192", "model.num_layers=12", "model.num_heads=64", "data.seq_len=2048"]
+    config = load_config(file, [GPUS, *AUTO, *shape, "serve.kv_cache_tokens=4096"])
+    found, layout, said = decided(config, dataset)
+    assert layout["offload"] != "none none"
+    assert resolve_precision(found.train, "cuda") == "bf16" == resolve_precision(config.train, "cuda")
+    plain = load_config(file, [GPUS, *shape, "serve.kv_cache_tokens=4096"])
+    with pytest.raises(ConfigError, match="This fits"):
+        decided(plain, dataset)
+    assert "cpu" in said
+
+
+SAFE = {"pp": 1, "stage": 1, "offload": "none none", "recompute": "none"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "why"),
+    [
+        (["train.task=examples.ordinal_task:OrdinalClasses"], "", "a task of your own"),
+        (["train.lora={rank: 2}", "model={from: /models/base}"], "", "adapters are not planned"),
+        (["cluster.address=10.0.0.1:6379"], "", "the memory of a rank is not known"),
+        ([GPUS], "", "the GPU 'of this run' is not known"),
+        ([GPUS], "Graphics 1000", "the GPU 'Graphics 1000' is not known"),
+        ([GPUS, "observe.peak_tflops=100"], "Graphics 1000", "the memory of a rank is not known"),
+    ],
+)
+def test_where_nothing_can_be_planned_auto_is_what_is_safe(
+    file: Path,
+    dataset: DatasetManifest,
+    overrides: list[str],
+    gpu: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(planning, "_own_gpu", lambda: gpu)
+    found, layout, said = decided(load_config(file, [*AUTO, *overrides]), dataset)
+    assert layout == SAFE
+    assert found.train.micro_batch == "auto"
+    assert "auto is train.parallel.pp=1 train.zero.stage=1" in said
+    assert why in said
+    assert "auto is" not in decided(load_config(file, overrides), dataset)[2]
+    weights = [*AUTO, *overrides, "train.zero.offload_parameters=cpu"]
+    assert decided(load_config(file, weights), dataset)[1] == {**SAFE, "stage": 3, "offload": "none cpu"}
+
+
+@pytest.mark.parametrize(("dp", "pp", "slots"), [("auto", "auto", 6), (2, "auto", 6), ("auto", 2, 2), (2, 2, 4)])
+def test_nodes_give_slots_for_any_mesh_that_may_be_planned(file: Path, dp: object, pp: object, slots: int) -> None:
+    config = load_config(file, ["cluster.nodes=3", f"train.parallel={{dp: {dp}, pp: {pp}}}"])
+    nobody: Any = SimpleNamespace(is_local=True)
+    pool = NodePool(config, nobody, nobody, nobody)
+    assert pool._mesh_slots() == slots
 
 
 def test_a_machines_memory_is_shared_by_the_ranks_of_the_row(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

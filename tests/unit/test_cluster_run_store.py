@@ -107,6 +107,9 @@ def test_mesh_steps_and_serving_may_change(tmp_path: Path) -> None:
     RunWriter.open(
         config_in(tmp_path, "train.steps=7", "cluster.nodes=4", "serve.port=1", "train.zero.stage=2")
     ).close()
+    left_open = config_in(tmp_path, "train.parallel.pp=auto", "train.zero.stage=auto", "train.recompute=auto")
+    for config in (left_open, left_open, config_in(tmp_path, "cluster.node.slots=2", "train.parallel.pp=2")):
+        RunWriter.open(config).close()  # the saved configuration may hold `auto` as well
 
 
 def test_one_controller_at_a_time(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.config import RunConfig, dump_yaml, load_config
+from cluster.config import LaidOutConfig, RunConfig, dump_yaml, load_config
 from data_service.config import default_source_name
 from data_service.errors import ConfigError
 
@@ -54,6 +54,7 @@ def test_three_lines_are_a_run_and_every_default_is_visible(tmp_path: Path) -> N
             assert key in holder, path
             holder = holder[key]
     assert shown["train"]["parallel"] == {"dp": "auto", "pp": 1, "balance": "parameters"}
+    assert config.train.auto_layout == {}
 
 
 def test_what_is_shown_reads_back_as_the_same_run(tmp_path: Path) -> None:
@@ -107,7 +108,16 @@ def test_an_address_of_a_store_is_one_and_holds_no_secret(tmp_path: Path, endpoi
         ("train:\n  steps: many\n", 5, "train.steps='many': should be a valid integer"),
         ("train:\n  parallel:\n    dp: two\n", 6, "train.parallel.dp='two': should be a valid integer or 'auto'."),
         ("train:\n  micro_batch: 1.5\n", 5, "train.micro_batch=1.5: should be a valid integer or 'auto'."),
-        ("train:\n  zero:\n    stage: 4\n", 6, "train.zero.stage=4: should be 0, 1, 2 or 3."),
+        ("train:\n  zero:\n    stage: 4\n", 6, "train.zero.stage=4: should be 0, 1, 2, 3 or 'auto'."),
+        ("train:\n  parallel:\n    pp: 0\n", 6, "train.parallel.pp=0: should be greater than or equal to 1 or 'auto'."),
+        ("train:\n  parallel:\n    pp: many\n", 6, "train.parallel.pp='many': should be a valid integer or 'auto'."),
+        ("train:\n  recompute: all\n", 5, "train.recompute='all': should be 'none', 'blocks' or 'auto'."),
+        (
+            "train:\n  parallel: {pp: 2}\n  zero: {stage: auto, offload_parameters: cpu}\n",
+            6,
+            "train: zero.offload_parameters=cpu with parallel.pp=2",
+        ),
+        ("train:\n  parallel: {dp: 4, pp: auto}\n", 5, "train.parallel.dp=4 with train.parallel.pp=auto needs 4 slots"),
         ("train:\n  steps: 0\n", 5, "train.steps=0: should be greater than or equal to 1."),
         ("train:\n  optimizer: adamw\n", 5, "train.optimizer='adamw': should be a section"),
         ("train:\n  optimizer: {betas: [0.9]}\n", 5, "number 1 is missing"),
@@ -253,6 +263,7 @@ def test_the_identity_of_a_run_is_what_resuming_must_not_change(tmp_path: Path) 
     file = write(tmp_path, BASE)
     identity = load_config(file).identity()
     for free in (
+        *("train.parallel.pp=auto", "train.zero={stage: auto, offload_optimizer: auto}", "train.recompute=auto"),
         *("train.steps=9", "cluster.nodes=4", "train.zero.stage=2", "train.micro_batch=2", "serve.port=1"),
         "data.service={workers: 5, cache_bytes: 1, address: ['a:1'], metrics_port: 0}",
         "data.skip=[{first: 3, end: 5}]",
@@ -264,6 +275,47 @@ def test_the_identity_of_a_run_is_what_resuming_must_not_change(tmp_path: Path) 
         *("data.rows=packed", "data.isolate_documents=true", "data.shuffle_window_shards=3"),
     ):
         assert load_config(file, [fixed]).identity() != identity, fixed
+
+
+AUTO_LAYOUT = ["train.parallel.pp=auto", "train.recompute=auto", "train.zero={stage: auto, offload_parameters: auto}"]
+
+
+def test_a_file_may_leave_its_layout_open_and_what_trains_takes_none_that_is(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, BASE), AUTO_LAYOUT)
+    assert load_config(write(tmp_path, dump_yaml(config))) == config
+    safe = config.train.auto_layout
+    assert safe == {
+        "train.parallel.pp": 1,
+        "train.zero.stage": 1,
+        "train.zero.offload_parameters": "none",
+        "train.recompute": "none",
+    }
+    with pytest.raises(ConfigError, match=r"none that this run can have: train\.parallel\.pp: .*valid integer"):
+        LaidOutConfig.of(config, {})
+    decided = LaidOutConfig.of(config, safe)
+    assert decided.train.auto_layout == {}
+    assert decided.train == LaidOutConfig.of(load_config(write(tmp_path, BASE)), {}).train
+    assert decided.identity() == config.identity()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"train.parallel.pp": 2, "train.zero.stage": 2}, "zero.stage=2 with parallel.pp=2"),
+        ({"train.parallel.pp": 9, "train.zero.stage": 1}, "train.parallel.pp=9 with model.num_layers=6"),
+        ({"train.parallel.pp": 6, "train.zero.stage": 1}, "cannot hold one pipeline of train.parallel.pp=6"),
+        ({"train.parallel.pp": 1, "train.zero.stage": 0}, "zero.stage=0 with precision=bf16"),
+        ({"train.parallel.pp": 1, "train.zero.stage": "auto"}, "train.zero.stage: Input should be 0, 1, 2 or 3"),
+    ],
+)
+def test_a_layout_that_is_decided_is_checked_as_the_file_was(
+    tmp_path: Path, keys: dict[str, int | str], expected: str
+) -> None:
+    file = write(tmp_path, BASE)
+    more = ["train.recompute=none", "train.zero={stage: auto}", "train.precision=bf16"]
+    config = load_config(file, [*AUTO_LAYOUT, *more, "cluster={nodes: 4, node: {slots: 2}}"])
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        LaidOutConfig.of(config, keys)
 
 
 def test_a_run_cannot_be_changed_and_its_error_travels(tmp_path: Path) -> None:

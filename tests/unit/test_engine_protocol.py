@@ -120,6 +120,10 @@ def test_what_is_no_specification_is_refused() -> None:
     del fields["dp"]
     with pytest.raises(ConfigError, match="malformed specification"):
         WorkerSpec.from_json(json.dumps(fields))
+    fields = json.loads(SPEC.to_json())
+    fields["train"]["zero"]["stage"] = "auto"  # what a file may say and a rank does not take
+    with pytest.raises(ConfigError, match=r"malformed specification: train\.zero\.stage"):
+        WorkerSpec.from_json(json.dumps(fields))
 
 
 @pytest.mark.parametrize("damage", ["a field less", "text for an object", "a bound", "cut short"])

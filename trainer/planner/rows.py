@@ -5,6 +5,7 @@ Owns what limits a row, which keys ask for it, and which row is taken for `auto`
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from data_service.errors import ConfigError
 from trainer.architecture import TransformerConfig
-from trainer.config import TrainConfig
+from trainer.config import AutoTrainConfig, TrainConfig
 from trainer.deepspeed_config import resolve_precision
 from trainer.planner.memory import Precision, RankMemory, Setting, StageShape, rank_memory, stage_shapes
 from trainer.planner.speed import DeviceSpeed, StepEstimate, estimate_step, traffic_bytes
@@ -35,7 +36,7 @@ _OFFLOADS = ((False, False), (True, False), (True, True))
 class PlanTask:
     """What is to be laid out, and on what."""
 
-    train: TrainConfig
+    train: AutoTrainConfig
     model: TransformerConfig
     seq_len: int
     slots: int
@@ -109,7 +110,7 @@ def wanted_setting(task: PlanTask) -> Setting:
     Raises:
         ConfigError: the slots do not hold one pipeline.
     """
-    train, pp = task.train, task.train.parallel.pp
+    train, pp = task.train, task.train.parallel.safe_pp
     if task.slots < pp:
         raise ConfigError(
             f"train.parallel.pp={pp} with {task.slots} slots: not one pipeline fits. Lower it, or add slots."
@@ -119,7 +120,7 @@ def wanted_setting(task: PlanTask) -> Setting:
     return Setting(
         dp,
         pp,
-        train.zero.stage,
+        train.zero.safe_stage,
         layout.micro_batch,
         recompute=train.recompute == "blocks",
         offload_optimizer=train.zero.offload_optimizer == "cpu",
@@ -136,16 +137,22 @@ def plan_rows(task: PlanTask) -> list[PlanRow]:
 def best_row(task: PlanTask, rows: Sequence[PlanRow]) -> PlanRow | None:
     """The row to take among those that keep to what the file fixes and fit; None where none does.
 
-    Of those within 3 % of the fastest it is the one with least memory: the estimate is no better than that. Fixed are
-    the mesh, the ZeRO stage, offload, recomputation, and the micro-batch unless it is `auto` and the memory is known:
-    where nobody knows it, `auto` stays what it is without a planner.
+    Of those within 3 % of the fastest it is the plainest, and of these the one with least memory: the estimate is no
+    better than that. Fixed are the mesh, the ZeRO stage, offload, recomputation and the micro-batch, each unless it is
+    `auto` and the memory is known: where nobody knows it, `auto` stays what it is without a planner.
     """
     wanted = wanted_setting(task)
-    free = task.train.micro_batch == "auto" and task.device_limit(wanted.dp * wanted.pp) is not None
-    kept = set(_micro_batches(task, wanted)) if free else {wanted}
+    known = task.device_limit(wanted.dp * wanted.pp) is not None
+    kept = set(_kept(task, wanted)) if known else {wanted}
     fitting = [row for row in rows if row.fits and row.setting in kept]
     good = [row for row in fitting if row.step.tokens_per_s >= _AS_GOOD * fitting[0].step.tokens_per_s]
-    return min(good, key=lambda row: row.peak_bytes, default=None)
+    return min(good, key=lambda row: (*_means(row.setting), row.peak_bytes), default=None)
+
+
+def _means(setting: Setting) -> tuple[int, ...]:
+    """What a layout does for memory at a price that the estimate knows least of, the worst first; less is plainer."""
+    offloaded = setting.offload_optimizer + setting.offload_parameters
+    return offloaded, int(setting.recompute), setting.pp, int(setting.zero_stage == 3)
 
 
 def row_of(task: PlanTask, setting: Setting) -> PlanRow:
@@ -245,11 +252,42 @@ def _keys(task: PlanTask, setting: Setting) -> dict[str, int | str]:
 def _settings(task: PlanTask) -> Iterator[Setting]:
     """What the file asks for, and every other combination that `trainer.config` accepts; each once."""
     wanted, tree, seen = wanted_setting(task), task.train.model_dump(), set[Setting]()
-    wanted_too = [wanted, *_micro_batches(task, wanted)] if task.train.micro_batch == "auto" else [wanted]
-    for setting in [*wanted_too, *_combinations(task)]:
+    for setting in [wanted, *_kept(task, wanted), *_combinations(task)]:
         if setting not in seen and (setting == wanted or _is_legal(tree, _keys(task, setting))):
             seen.add(setting)
             yield setting
+
+
+def _kept(task: PlanTask, wanted: Setting) -> list[Setting]:
+    """Settings, legal or not, that keep to what the file fixes: what is `auto` there takes every value.
+
+    Nothing is moved to a host unless its memory is known.
+    """
+    train, both = task.train, (False, True)
+    movable = task.host_limit(wanted.dp * wanted.pp) is not None
+    found: list[Setting] = []
+    for (dp, pp), stage, again, optimizer, parameters in itertools.product(
+        _kept_meshes(task, wanted),
+        range(4) if train.zero.stage == "auto" else (wanted.zero_stage,),
+        both if train.recompute == "auto" else (wanted.recompute,),
+        both if train.zero.offload_optimizer == "auto" and movable else (wanted.offload_optimizer,),
+        both if train.zero.offload_parameters == "auto" and movable else (wanted.offload_parameters,),
+    ):
+        layout = BatchLayout(train.global_batch, dp, pp, train.micro_batch)
+        setting = Setting(dp, pp, stage, layout.micro_batch, again, optimizer, parameters)
+        found += _micro_batches(task, setting) if train.micro_batch == "auto" else [setting]
+    return found
+
+
+def _kept_meshes(task: PlanTask, wanted: Setting) -> list[tuple[int, int]]:
+    """Meshes that keep to what the file fixes: with `auto` for both degrees they use all slots."""
+    parallel = task.train.parallel
+    if parallel.pp != "auto":
+        return [(wanted.dp, wanted.pp)]
+    degrees = range(1, _most_stages(task) + 1)
+    if parallel.dp != "auto":
+        return [(parallel.dp, pp) for pp in degrees if parallel.dp * pp <= task.slots]
+    return [(task.slots // pp, pp) for pp in degrees if task.slots % pp == 0]
 
 
 def _combinations(task: PlanTask) -> Iterator[Setting]:
@@ -282,9 +320,14 @@ def _is_legal(tree: dict[str, Any], keys: dict[str, int | str]) -> bool:
     return True
 
 
+def _most_stages(task: PlanTask) -> int:
+    """Most pipeline stages: each needs a slot and a block."""
+    return min(task.slots, task.model.num_layers, task.most_stages or task.slots)
+
+
 def _meshes(task: PlanTask) -> Iterator[tuple[int, int]]:
     """Meshes that use all slots that they can, and as many blocks as stages at most."""
-    for pp in range(1, min(task.slots, task.model.num_layers, task.most_stages or task.slots) + 1):
+    for pp in range(1, _most_stages(task) + 1):
         dp = min(task.slots // pp, task.train.global_batch)
         if dp * pp == task.slots or pp == task.train.parallel.pp:
             yield dp, pp

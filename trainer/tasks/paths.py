@@ -3,12 +3,12 @@
 import importlib.util
 
 from data_service.errors import ConfigError
-from trainer.config import TrainConfig
+from trainer.config import AutoTrainConfig
 
 __all__ = ["check_task_module"]
 
 
-def check_task_module(train: TrainConfig) -> None:
+def check_task_module(train: AutoTrainConfig) -> None:
     """See that the module of `train.task` can be found here; our own tasks have none.
 
     Raises:
