@@ -21,7 +21,7 @@ from torch import distributed as dist
 from trainer.adapters import Lora
 from trainer.batching import MicroBatch
 from trainer.config import TrainConfig
-from trainer.deepspeed_config import BufferSizes, Precision, engine_config
+from trainer.deepspeed_config import BufferSizes, Precision, engine_config, working_stage
 from trainer.fragment_readers import (
     StateView,
     frozen_views,
@@ -95,7 +95,8 @@ class TrainEngine:
         self.dp_index, self.stage = mesh.coordinate(rank)
         self._train = train
         self._precision = precision
-        self._zero_stage = train.zero.stage
+        offloaded = "cpu" in (train.zero.offload_optimizer, train.zero.offload_parameters)
+        self._zero_stage = working_stage(train.zero.stage, mesh.world_size, precision, offloaded=offloaded)
         self._clipped_norm: Tensor | None = None
         recompute = train.recompute == "blocks"
         self._model: StagePipeline | LossModule = (
@@ -119,10 +120,13 @@ class TrainEngine:
             self._engine: Any = deepspeed.initialize(
                 model=self._model,
                 optimizer=self._optimizer,
-                config=engine_config(train, layout, precision, sizes, on_gpu=device.type == "cuda"),
+                config=engine_config(train, self._zero_stage, layout, precision, sizes, on_gpu=device.type == "cuda"),
                 dist_init_required=False,
             )[0]
         _log.debug("deepspeed: %s", said.getvalue().strip())
+        if self._zero_stage == 0 and mesh.dp == 1:
+            # There is nobody to add gradients up with, and DeepSpeed would still copy them to a buffer and back.
+            self._engine.enable_backward_allreduce = False
         if isinstance(self._model, StagePipeline):
             self._model.join(self._engine)
         elif self._zero_stage == 3:

@@ -10,7 +10,7 @@ from torch import nn
 
 from data_service.errors import ConfigError
 from trainer.config import ModelConfig, TrainConfig
-from trainer.deepspeed_config import BufferSizes, engine_config, resolve_precision
+from trainer.deepspeed_config import BufferSizes, engine_config, resolve_precision, working_stage
 from trainer.layer_costs import measure_costs
 from trainer.model import TransformerConfig, layers
 from trainer.stages import LayerCosts, stage_bounds
@@ -90,7 +90,7 @@ def test_precision_auto_depends_on_the_device() -> None:
 @pytest.mark.parametrize(("dp", "pp"), [(1, 1), (2, 1), (3, 1), (2, 2), (3, 4), (5, 2)])
 def test_batch_sizes_are_what_the_engine_asserts(dp: int, pp: int) -> None:
     train = TrainConfig.model_validate({"parallel": {"dp": dp, "pp": pp}, "global_batch": 32})
-    found = engine_config(train, BatchLayout(32, dp, pp, "auto"), "fp32", BufferSizes(1001, 64))
+    found = engine_config(train, train.zero.stage, BatchLayout(32, dp, pp, "auto"), "fp32", BufferSizes(1001, 64))
     rows = found["train_micro_batch_size_per_gpu"] * found["gradient_accumulation_steps"] * dp
     assert found["train_batch_size"] == rows >= 32
     assert found["zero_optimization"]["reduce_bucket_size"] % 2 == 0
@@ -99,16 +99,28 @@ def test_batch_sizes_are_what_the_engine_asserts(dp: int, pp: int) -> None:
 
 
 def test_without_zero_the_engine_does_not_clip() -> None:
-    train = TrainConfig.model_validate({"zero": {"stage": 0}, "optimizer": {"grad_clip": 2.0}})
-    assert engine_config(train, BatchLayout(8, 1, 1), "fp32", BufferSizes(10, 2))["gradient_clipping"] == 0.0
-    train = TrainConfig.model_validate({"zero": {"stage": 2}, "optimizer": {"grad_clip": 2.0}})
-    assert engine_config(train, BatchLayout(8, 1, 1), "fp32", BufferSizes(10, 2))["gradient_clipping"] == 2.0
+    train = TrainConfig.model_validate({"optimizer": {"grad_clip": 2.0}})
+    clipped = {
+        stage: engine_config(train, stage, BatchLayout(8, 1, 1), "fp32", BufferSizes(10, 2))["gradient_clipping"]
+        for stage in (0, 2)
+    }
+    assert clipped == {0: 0.0, 2: 2.0}
+
+
+def test_one_rank_in_fp32_has_nothing_to_partition() -> None:
+    used = {stage: working_stage(stage, 1, "fp32", offloaded=False) for stage in range(4)}
+    assert used == {0: 0, 1: 0, 2: 0, 3: 3}
+    assert working_stage(1, 2, "fp32", offloaded=False) == 1
+    assert working_stage(1, 1, "bf16", offloaded=False) == 1, "masters are for ZeRO to keep"
+    assert working_stage(2, 1, "fp32", offloaded=True) == 2
 
 
 def _told(device: str = "cpu", **sections: object) -> dict[str, Any]:
     train = TrainConfig.model_validate(sections)
     sizes = BufferSizes(10_000, 64)
-    return engine_config(train, BatchLayout(8, 1, 1), resolve_precision(train, "cuda"), sizes, on_gpu=device == "cuda")
+    return engine_config(
+        train, train.zero.stage, BatchLayout(8, 1, 1), resolve_precision(train, "cuda"), sizes, on_gpu=device == "cuda"
+    )
 
 
 def test_zero_3_keeps_vectors_whole_and_cuts_matrices() -> None:
@@ -116,7 +128,7 @@ def test_zero_3_keeps_vectors_whole_and_cuts_matrices() -> None:
     sizes = BufferSizes.of(held)
     assert sizes == BufferSizes(43, 9)
     train = TrainConfig.model_validate({"zero": {"stage": 3}})
-    told = engine_config(train, BatchLayout(8, 1, 1), "fp32", sizes)["zero_optimization"]
+    told = engine_config(train, train.zero.stage, BatchLayout(8, 1, 1), "fp32", sizes)["zero_optimization"]
     assert told["stage"] == 3
     assert told["stage3_param_persistence_threshold"] == 9
 

@@ -11,10 +11,11 @@ allocator gives out. CUDA's own context (some 0.5 GiB) comes on top of that.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from trainer.architecture import TransformerConfig, layers, parameter_shapes
+from trainer.deepspeed_config import working_stage
 from trainer.planner.activations import (
     block_pieces,
     chunk_logits_bytes,
@@ -160,6 +161,9 @@ def rank_memory(
         isolate_documents: whether attention may need a mask of [T, T].
         asynchronous_saves: whether a copy of masters and moments waits in host memory to be written.
     """
+    offloaded = setting.offload_optimizer or setting.offload_parameters
+    used_stage = working_stage(setting.zero_stage, setting.dp * setting.pp, precision, offloaded=offloaded)
+    setting = replace(setting, zero_stage=used_stage)
     on_gpu = device == "cuda"
     element = _FP32 if precision == "fp32" else 2
     whole, share = shape.parameters, -(-shape.parameters // (setting.dp if setting.zero_stage else 1))
