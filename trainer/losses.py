@@ -96,7 +96,8 @@ class _ChunkedLoss(torch.autograd.Function):
         counted_S = labels_S != IGNORED
         factors_S = torch.where(counted_S, weights_S / largest, 0.0)
         grad_hidden_SD = torch.empty_like(hidden_SD) if wants_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        fresh = torch.empty_like if len(labels_S) else torch.zeros_like  # the first chunk fills it
+        grad_weight_VD = fresh(weight_VD, dtype=torch.float32) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_SD.device)
         for start in range(0, len(labels_S), chunk):
@@ -114,25 +115,31 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden_SD is not None:
                 torch.mm(slope_NV, weight_VD, out=grad_hidden_SD[part])
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, slope_NV.T, hidden_SD[part])
+                _add_product(grad_weight_VD, slope_NV.T, hidden_SD[part], first=start == 0)
         ctx.save_for_backward(largest, grad_hidden_SD, grad_weight_VD, grad_bias_V)
+        ctx.is_scaled = False
         ctx.dtypes = (hidden_SD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_scaled:
+            raise RuntimeError("the loss was taken backwards before: its gradients are scaled in place, once")
+        ctx.is_scaled = True
         largest, *grads = ctx.saved_tensors
         scale = grad_loss.float() * largest
-        scaled = (None if grad is None else grad * scale for grad in grads)
+        scaled = (None if grad is None else grad.mul_(scale) for grad in grads)
         rounded = (None if grad is None else grad.to(dtype) for grad, dtype in zip(scaled, ctx.dtypes, strict=True))
         return (*rounded, None, None, None)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to an fp32 total, in place."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """Add left @ right to an fp32 total, in place; the first product is written over what the total holds."""
     if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=torch.float32))
+        total.addmm_(left, right, beta=0 if first else 1)
+        return
+    product = torch.mm(left, right, out_dtype=torch.float32) if left.is_cuda else left @ right
+    if first:
+        total.copy_(product)
     else:
-        total.add_(left @ right)
+        total.add_(product)

@@ -51,6 +51,14 @@ def test_loss_and_gradients_are_those_of_full_logits(chunk: int, bias: bool) -> 
         assert torch.allclose(projected_cross_entropy(projection, labels, weights, chunk), expected, rtol=1e-6)
 
 
+def test_gradients_are_given_once() -> None:
+    projection, labels, weights = _parts()
+    loss = projected_cross_entropy(projection, labels, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backwards before"):
+        loss.backward()
+
+
 def test_parts_in_fp64_get_gradients_in_fp64() -> None:
     projection, labels, weights = _parts(torch.float64, bias=True)
     assert projection.bias_V is not None
