@@ -1,6 +1,5 @@
 """SIGKILL of whole nodes from outside: the run goes on, with every row once and the same losses."""
 
-import os
 import random
 import uuid
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import RunProcess, processes_of, running, step_records, write_run
+from tests.helpers.shared_memory import shared_memory
 
 STEPS = 60
 TRAIN = f"""
@@ -44,10 +44,6 @@ def check_against(run: RunProcess, reference: dict[int, dict[str, float]]) -> No
     ]
     for step, record in steps.items():
         assert record["loss"] == pytest.approx(reference[step]["loss"], rel=1e-2), step
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
 
 
 @pytest.mark.timeout(400)

@@ -75,5 +75,6 @@ def test_a_consistent_lie_fails_the_run_and_no_checkpoint_holds_it(tmp_path: Pat
         committed = [event["step"] for event in run.events("checkpoint_committed")]
     # a row of step 31 may be read again in a later epoch, never in an earlier step
     assert f"step {LIE_FROM}: the rows that the ranks consumed hash to" in ended["error"]
-    assert committed == [10, 20, 30]
+    # saves are written while training goes on: that of step 30 may still be in flight when the run fails
+    assert committed in ([10, 20], [10, 20, 30])
     assert "Traceback" not in run.output

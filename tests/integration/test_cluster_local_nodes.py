@@ -15,6 +15,7 @@ import ray
 
 from cluster.local_nodes import LocalCluster
 from cluster.ray_auth import shown_token
+from tests.helpers.shared_memory import shared_memory
 from tests.helpers.waiting import is_alive, until
 
 OBJECT_STORE = 80 * 2**20
@@ -31,7 +32,7 @@ def folder_of(cluster: LocalCluster) -> Path:
 
 @pytest.mark.timeout(180)
 def test_kill_and_stop_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    shared_memory = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     began = time.monotonic()
     with LocalCluster.start(nodes=2, slots=2, object_store_bytes=OBJECT_STORE) as cluster:
         started = time.monotonic()
@@ -73,7 +74,7 @@ def test_kill_and_stop_leave_nothing(capsys: pytest.CaptureFixture[str]) -> None
     assert left
     assert not any(is_alive(pid) for pid in left)
     assert not folder_of(cluster).exists()
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert shared_memory() <= before
     with capsys.disabled():
         sys.stdout.write(
             f"\nhead + 2 nodes: start {started - began:.1f} s, kill {killed - killing:.2f} s, "
